@@ -1,0 +1,49 @@
+# Everything a newcomer needs: `make demo`, `make test`, `make serve`. `make help` lists the rest.
+PYTHON ?= python3
+VENV := .venv/bin
+PORT ?= 8188
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo serve test lint format host-path bench train-demo workflows thumbnails clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+env:  ## build .venv and find or fetch ComfyUI (a no-op when nothing changed)
+	@$(PYTHON) tools/env.py
+
+demo: env  ## render every shared workflow in a real ComfyUI; open output/demo/index.html after
+	@$(VENV)/python -m tools.demo
+
+serve: env  ## start ComfyUI with this pack and print its address (PORT=8188)
+	@$(VENV)/python -m tools.server --port $(PORT)
+
+test: env  ## run all tests (ARGS="tests/unit -k swap" for some)
+	@$(VENV)/pytest $(ARGS)
+
+lint: env  ## ruff and mypy
+	@$(VENV)/ruff check .
+	@$(VENV)/python -m tools.typecheck
+
+format: env  ## let ruff sort imports and fix what it can
+	@$(VENV)/ruff check --fix .
+
+host-path:  ## print the ComfyUI folder in use
+	@$(PYTHON) tools/env.py --host-path
+
+bench: env  ## time plain attention against edited attention
+	@$(VENV)/python benchmarks/attention.py
+
+train-demo: env  ## train the bundled model from nothing (hours; resumes where it stopped)
+	@$(VENV)/python demo/train.py
+
+workflows: env  ## rebuild workflows/*.json in the real front end, then their thumbnails
+	@$(VENV)/python -m tools.workflows
+	@$(VENV)/python -m tools.demo --thumbnails
+
+thumbnails: env  ## render every workflow and replace workflows/*.jpg
+	@$(VENV)/python -m tools.demo --thumbnails
+
+clean:  ## remove outputs and caches (not .venv and .host)
+	rm -rf output .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -not -path './.host/*' -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Development tools: the environment, the real server, the real page. Nothing here runs inside ComfyUI."""
