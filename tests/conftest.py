@@ -20,7 +20,9 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != RO
 def load_pack() -> None:
     if "p2p" in sys.modules:
         return
-    spec = importlib.util.spec_from_file_location("p2p", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    spec = importlib.util.spec_from_file_location(
+        "p2p", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+    )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["p2p"] = module

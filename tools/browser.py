@@ -1,8 +1,8 @@
 """ComfyUI's own page in a headless Chromium: open a workflow, queue it, hear what came of it.
 
-    with running_server() as server, open_editor(server) as editor:
-        editor.load(workflow)
-        entry = editor.run()
+with running_server() as server, open_editor(server) as editor:
+    editor.load(workflow)
+    entry = editor.run()
 """
 
 from __future__ import annotations
@@ -20,8 +20,15 @@ from playwright.sync_api import Error as PlaywrightError
 from .env import find_browser
 from .server import PACK, Server, ServerError, failure
 
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 PAGE_TIMEOUT = 120.0  # seconds until the page has its nodes; a busy CI machine is slow
 
 READY = """() => Boolean(window.app?.vueAppReady && window.app.graph && window.app.api?.clientId
@@ -60,14 +67,19 @@ class Editor:
         unknown = self.page.evaluate(UNKNOWN_NODES, types)
         if unknown:
             raise ServerError(f"workflow {name}: this ComfyUI has no node called {', '.join(unknown)}")
-        self.page.evaluate("([graph, name]) => window.app.loadGraphData(graph, true, true, name)", [workflow, name])
+        self.page.evaluate(
+            "([graph, name]) => window.app.loadGraphData(graph, true, true, name)", [workflow, name]
+        )
 
     def workflow(self) -> dict[str, Any]:
         """The graph on the page in UI format, as File > Save writes it."""
         return self.page.evaluate(
-            "async () => JSON.parse(JSON.stringify((await window.app.graphToPrompt()).workflow))")
+            "async () => JSON.parse(JSON.stringify((await window.app.graphToPrompt()).workflow))"
+        )
 
-    def run(self, progress: Callable[[float], None] = lambda done: None, timeout: float = 300.0) -> dict[str, Any]:
+    def run(
+        self, progress: Callable[[float], None] = lambda done: None, timeout: float = 300.0
+    ) -> dict[str, Any]:
         """Queues the graph on the page and waits; returns its history entry.
 
         `progress` is called with the part done, 0 to 1. Raises ServerError with the node's message if
@@ -81,7 +93,7 @@ class Editor:
         reply = answer.value.json()
         if "prompt_id" not in reply or reply.get("node_errors"):
             raise ServerError(f"the server did not accept the graph: {rejection(reply)}")
-        total = len(answer.value.request.post_data_json["prompt"])
+        total = len((answer.value.request.post_data_json or {}).get("prompt", [None]))
         end = time.monotonic() + timeout
         while time.monotonic() < end:
             self.page.wait_for_timeout(200)
@@ -98,10 +110,16 @@ class Editor:
 
 def rejection(reply: dict[str, Any]) -> str:
     """One line for each thing that the server found wrong with a graph."""
-    lines = [f"{reply['error']['message']} {reply['error'].get('details', '')}".strip()] if "error" in reply else []
+    lines = (
+        [f"{reply['error']['message']} {reply['error'].get('details', '')}".strip()]
+        if "error" in reply
+        else []
+    )
     for node_id, found in reply.get("node_errors", {}).items():
-        lines += [f"node {node_id} ({found['class_type']}): {error['message']}: {error['details']}"
-                  for error in found["errors"]]
+        lines += [
+            f"node {node_id} ({found['class_type']}): {error['message']}: {error['details']}"
+            for error in found["errors"]
+        ]
     return "\n  ".join(lines)
 
 
@@ -109,13 +127,17 @@ def rejection(reply: dict[str, Any]) -> str:
 def open_editor(server: Server) -> Iterator[Editor]:
     """The page of a running server in a headless Chromium, past its first-visit screens."""
     # The template browser covers the page on a first visit.
-    requests.post(f"{server.url}/settings", json={"Comfy.TutorialCompleted": True}, timeout=30).raise_for_status()
+    requests.post(
+        f"{server.url}/settings", json={"Comfy.TutorialCompleted": True}, timeout=30
+    ).raise_for_status()
     with sync_playwright() as playwright:
         try:
             chromium = playwright.chromium.launch(executable_path=find_browser(), args=FLAGS)
         except PlaywrightError as error:
-            raise ServerError("no usable Chromium: install one (Debian: sudo apt-get install chromium) or set "
-                              f"CHROMIUM=/path/to/chrome. The launch said: {str(error).splitlines()[0]}") from error
+            raise ServerError(
+                "no usable Chromium: install one (Debian: sudo apt-get install chromium) or set "
+                f"CHROMIUM=/path/to/chrome. The launch said: {str(error).splitlines()[0]}"
+            ) from error
         page = chromium.new_page(viewport={"width": 1600, "height": 1000}, locale="en-US")
         editor = Editor(page, server)
 
@@ -124,7 +146,10 @@ def open_editor(server: Server) -> Iterator[Editor]:
                 editor.console.append(message.text)
 
         page.on("console", keep)
-        page.on("pageerror", lambda error: editor.console.append(str(error)) if PACK in (error.stack or "") else None)
+        page.on(
+            "pageerror",
+            lambda error: editor.console.append(str(error)) if PACK in (error.stack or "") else None,
+        )
         try:
             editor.open()
             yield editor

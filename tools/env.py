@@ -1,7 +1,7 @@
 """Builds the development environment: `.venv`, a ComfyUI to run in, and a browser. Standard library only.
 
-    python3 tools/env.py              build what is missing (a no-op when nothing changed)
-    python3 tools/env.py --host-path  print the ComfyUI folder in use, building it if needed
+python3 tools/env.py              build what is missing (a no-op when nothing changed)
+python3 tools/env.py --host-path  print the ComfyUI folder in use, building it if needed
 """
 
 from __future__ import annotations
@@ -35,10 +35,14 @@ def say(message: str) -> None:
 
 def run(*command: str | Path, env: dict[str, str] | None = None) -> None:
     """Runs a command with its output on stderr, so that stdout stays free for answers."""
-    done = subprocess.run([str(part) for part in command], stdout=sys.stderr, stdin=subprocess.DEVNULL, env=env)
+    done = subprocess.run(
+        [str(part) for part in command], stdout=sys.stderr, stdin=subprocess.DEVNULL, env=env
+    )
     if done.returncode:
-        raise SystemExit(f"[env] this command failed with exit code {done.returncode}; its output is above:\n"
-                         f"      {' '.join(map(str, command))}")
+        raise SystemExit(
+            f"[env] this command failed with exit code {done.returncode}; its output is above:\n"
+            f"      {' '.join(map(str, command))}"
+        )
 
 
 def is_host(folder: Path) -> bool:
@@ -51,8 +55,10 @@ def find_host() -> Path:
     if given:
         folder = Path(given).expanduser().resolve()
         if not is_host(folder):
-            raise SystemExit(f"[env] COMFYUI_PATH is {given!r}, which is no ComfyUI folder: it should hold main.py "
-                             "and comfy/. Correct it, or unset it to use a copy made for this checkout.")
+            raise SystemExit(
+                f"[env] COMFYUI_PATH is {given!r}, which is no ComfyUI folder: it should hold main.py "
+                "and comfy/. Correct it, or unset it to use a copy made for this checkout."
+            )
         return folder
     # Not resolved: a checkout that is linked into custom_nodes counts as sitting there.
     for here in (Path(__file__).absolute().parent.parent, ROOT):
@@ -94,17 +100,22 @@ def extras() -> list[str]:
     try:
         import tomllib
     except ModuleNotFoundError:  # Python 3.10
-        from pip._vendor import tomli as tomllib
+        from pip._vendor import tomli as tomllib  # type: ignore[no-redef]
     groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     return [*groups["dev"], *groups["train"]]
 
 
 def make_venv() -> None:
-    if PYTHON.is_file() and subprocess.run([PYTHON, "-m", "pip", "--version"], capture_output=True).returncode == 0:
+    if (
+        PYTHON.is_file()
+        and subprocess.run([PYTHON, "-m", "pip", "--version"], capture_output=True).returncode == 0
+    ):
         return
-    if sys.version_info < (3, 10):
-        raise SystemExit(f"[env] this is Python {sys.version.split()[0]}; ComfyUI needs 3.10 or newer. "
-                         "Run make with PYTHON=python3.11, for example.")
+    if sys.version_info < (3, 10):  # noqa: UP036  (whatever python3 is on this machine runs this file)
+        raise SystemExit(
+            f"[env] this is Python {sys.version.split()[0]}; ComfyUI needs 3.10 or newer. "
+            "Run make with PYTHON=python3.11, for example."
+        )
     say(f"making {VENV.name} with Python {sys.version.split()[0]}")
     shutil.rmtree(VENV, ignore_errors=True)
     if subprocess.run([sys.executable, "-m", "venv", VENV], capture_output=True).returncode == 0:
@@ -118,7 +129,9 @@ def make_venv() -> None:
 
 def find_browser() -> str | None:
     """Path of a Chromium or Chrome, or None. CHROMIUM in the environment goes first."""
-    return os.environ.get("CHROMIUM") or next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    return os.environ.get("CHROMIUM") or next(
+        (path for name in BROWSERS if (path := shutil.which(name))), None
+    )
 
 
 def install_browser() -> None:
@@ -128,12 +141,16 @@ def install_browser() -> None:
     if hasattr(os, "geteuid") and os.geteuid() == 0 and shutil.which("apt-get"):
         say("installing chromium with apt-get")
         quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        for command in (["apt-get", "update", "-qq"],
-                        ["apt-get", "install", "-y", "-qq", "--no-install-recommends", "chromium"]):
+        for command in (
+            ["apt-get", "update", "-qq"],
+            ["apt-get", "install", "-y", "-qq", "--no-install-recommends", "chromium"],
+        ):
             subprocess.run(command, env=quiet, stdout=sys.stderr, stdin=subprocess.DEVNULL)
     if not find_browser():
-        say("NOTE: no Chromium or Chrome found. `make demo` and the browser tests need one: install it\n"
-            "      (Debian: sudo apt-get install chromium) or set CHROMIUM=/path/to/chrome")
+        say(
+            "NOTE: no Chromium or Chrome found. `make demo` and the browser tests need one: install it\n"
+            "      (Debian: sudo apt-get install chromium) or set CHROMIUM=/path/to/chrome"
+        )
 
 
 def build() -> None:
@@ -142,7 +159,7 @@ def build() -> None:
     digest = hashlib.sha256("\n".join([sys.version, *wanted]).encode()).hexdigest()
     if not (PYTHON.is_file() and STAMP.is_file() and STAMP.read_text() == digest):
         make_venv()
-        say(f"installing {len(wanted)} requirements into {VENV.name} (the first time: minutes, and about 6 GB)")
+        say(f"installing {len(wanted)} requirements into {VENV.name} (at first: minutes, and about 6 GB)")
         run(PYTHON, "-m", "pip", "install", "--disable-pip-version-check", *wanted)
         STAMP.write_text(digest)
     install_browser()

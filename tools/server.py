@@ -51,7 +51,7 @@ class Server:
         return requests.get(self.url + path, timeout=60)
 
     def queue(self, prompt: dict[str, Any]) -> requests.Response:
-        """Posts a graph in API format, as the page does; the answer holds `prompt_id`, or the errors found."""
+        """Posts a graph in API format, as the page does; the answer holds `prompt_id`, or what is wrong."""
         return requests.post(self.url + "/prompt", json={"prompt": prompt}, timeout=60)
 
     def wait(self, prompt_id: str, timeout: float = 300.0) -> dict[str, Any]:
@@ -62,9 +62,13 @@ class Server:
             if entry and entry.get("status", {}).get("status_str"):
                 return entry
             if self.process.poll() is not None:
-                raise ServerError(f"the server ended while it ran a graph; its log ends with:\n{self.log_tail()}")
+                raise ServerError(
+                    f"the server ended while it ran a graph; its log ends with:\n{self.log_tail()}"
+                )
             time.sleep(0.1)
-        raise ServerError(f"the graph did not end within {timeout:.0f} s; the log ends with:\n{self.log_tail()}")
+        raise ServerError(
+            f"the graph did not end within {timeout:.0f} s; the log ends with:\n{self.log_tail()}"
+        )
 
     def images(self, entry: dict[str, Any]) -> list[tuple[str, bytes]]:
         """(node id, file content) of every picture that a history entry's save nodes wrote."""
@@ -82,8 +86,10 @@ def failure(entry: dict[str, Any]) -> str | None:
     """What a history entry says went wrong: node, type and message; None if nothing did."""
     for kind, detail in entry.get("status", {}).get("messages", []):
         if kind == "execution_error":
-            return (f"node {detail['node_id']} ({detail['node_type']}) failed: "
-                    f"{detail['exception_type']}: {detail['exception_message'].strip()}")
+            return (
+                f"node {detail['node_id']} ({detail['node_type']}) failed: "
+                f"{detail['exception_type']}: {detail['exception_message'].strip()}"
+            )
         if kind == "execution_interrupted":
             return f"interrupted at node {detail['node_id']} ({detail['node_type']})"
     return None
@@ -115,10 +121,21 @@ def prepare(folder: Path, host: Path, pack: Path) -> list[str]:
     link = folder / "custom_nodes" / PACK
     link.unlink(missing_ok=True)
     link.symlink_to(pack, target_is_directory=True)
-    arguments = ["--base-directory", str(folder), "--user-directory", str(folder / "user"),
-                 "--database-url", f"sqlite:///{folder / 'user' / 'comfyui.db'}",
-                 "--disable-all-custom-nodes", "--whitelist-custom-nodes", PACK,
-                 "--disable-api-nodes", "--disable-auto-launch", "--preview-method", "auto"]
+    arguments = [
+        "--base-directory",
+        str(folder),
+        "--user-directory",
+        str(folder / "user"),
+        "--database-url",
+        f"sqlite:///{folder / 'user' / 'comfyui.db'}",
+        "--disable-all-custom-nodes",
+        "--whitelist-custom-nodes",
+        PACK,
+        "--disable-api-nodes",
+        "--disable-auto-launch",
+        "--preview-method",
+        "auto",
+    ]
     models = sorted(path.name for path in (host / "models").glob("*/"))
     if models:
         # JSON is YAML; the host reads its own models folder through this file.
@@ -131,8 +148,13 @@ def prepare(folder: Path, host: Path, pack: Path) -> list[str]:
 
 @contextmanager
 def running_server(
-    *, port: int = 0, folder: Path | None = None, output: Path | None = None, cpu: bool | None = None,
-    echo: bool = False, pack: Path = ROOT,
+    *,
+    port: int = 0,
+    folder: Path | None = None,
+    output: Path | None = None,
+    cpu: bool | None = None,
+    echo: bool = False,
+    pack: Path = ROOT,
 ) -> Iterator[Server]:
     """Starts the server, yields it when it answers, stops it.
 
@@ -153,9 +175,15 @@ def running_server(
         if cpu or (cpu is None and not has_accelerator()):
             arguments.append("--cpu")
         process = subprocess.Popen(
-            [str(PYTHON if PYTHON.is_file() else sys.executable), str(host / "main.py"), *arguments], cwd=folder,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-            env={**os.environ, "PYTHONUNBUFFERED": "1"})
+            [str(PYTHON if PYTHON.is_file() else sys.executable), str(host / "main.py"), *arguments],
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
         server = Server(f"http://127.0.0.1:{number}", folder, process)
         reader = threading.Thread(target=_read_log, args=(server, echo), daemon=True)
         reader.start()
@@ -184,16 +212,20 @@ def _await_ready(server: Server) -> None:
     end = time.monotonic() + START_TIMEOUT
     while True:
         if server.process.poll() is not None:
-            raise ServerError(f"the server ended with code {server.process.returncode} while starting; its log "
-                              f"ends with:\n{server.log_tail()}")
+            raise ServerError(
+                f"the server ended with code {server.process.returncode} while starting; its log "
+                f"ends with:\n{server.log_tail()}"
+            )
         try:
             server.get("/system_stats").raise_for_status()
             break
         except requests.RequestException:
             pass
         if time.monotonic() > end:
-            raise ServerError(f"the server did not answer within {START_TIMEOUT:.0f} s; its log ends with:\n"
-                              f"{server.log_tail()}")
+            raise ServerError(
+                f"the server did not answer within {START_TIMEOUT:.0f} s; its log ends with:\n"
+                f"{server.log_tail()}"
+            )
         time.sleep(0.2)
     if any(re.search(rf"\(IMPORT FAILED\).*{PACK}\s*$", line) for line in server.lines):
         raise ServerError(f"ComfyUI started but could not load this pack; its log:\n{''.join(server.lines)}")
@@ -204,10 +236,14 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8188)
     port = parser.parse_args().port
     try:
-        with running_server(port=port, folder=ROOT / ".cache" / "serve", output=ROOT / "output" / "serve",
-                            echo=True) as server:
-            print(f"\nOpen {server.url} and pick a workflow under Templates > {PACK}, then press Run."
-                  f"\nPictures land in {ROOT / 'output' / 'serve'}. Ctrl+C stops the server.\n", flush=True)
+        with running_server(
+            port=port, folder=ROOT / ".cache" / "serve", output=ROOT / "output" / "serve", echo=True
+        ) as server:
+            print(
+                f"\nOpen {server.url} and pick a workflow under Templates > {PACK}, then press Run."
+                f"\nPictures land in {ROOT / 'output' / 'serve'}. Ctrl+C stops the server.\n",
+                flush=True,
+            )
             server.process.wait()
     except KeyboardInterrupt:
         print("\nstopped")

@@ -1,4 +1,4 @@
-"""Puts ComfyUI on sys.path, on the CPU, before any test module imports it. COMFYUI_PATH points at another host."""
+"""Puts ComfyUI on sys.path, on the CPU, before a test module imports it. COMFYUI_PATH names another host."""
 
 from __future__ import annotations
 

@@ -1,0 +1,401 @@
+"""Builds the shared workflows in ComfyUI's own page and saves them as the page does.
+
+    python -m tools.workflows [name ...]      writes workflows/NAME.json (thumbnails: python -m tools.demo)
+
+A workflow is described below by its nodes, their links and the groups that they stand in; sizes and
+placement follow from what the page says a node needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .browser import Editor, open_editor
+from .env import ROOT
+from .server import PACK, running_server
+
+WORKFLOWS = ROOT / "workflows"
+
+GAP = 40.0  # between nodes and between groups
+TITLE = 30.0  # a node's title bar, which the page draws above its position
+GROUP_TITLE = 50.0
+LETTER = 14.0  # width of a letter in a group's title
+PROMPT_SIZE = (400.0, 330.0)  # room for two prompts and the alignment that a run shows below them
+NEGATIVE_SIZE = (400.0, 100.0)
+PICTURE_SIZE = (620.0, 460.0)
+
+
+@dataclass(frozen=True)
+class Node:
+    """`links` maps an input to (node, output); `widgets` maps a widget to its value."""
+
+    type: str
+    links: dict[str, tuple[str, str]] = field(default_factory=dict)
+    widgets: dict[str, Any] = field(default_factory=dict)
+    title: str | None = None
+    size: tuple[float, float] = (0.0, 0.0)  # at least
+
+
+@dataclass(frozen=True)
+class Group:
+    """A titled frame around columns of nodes."""
+
+    title: str
+    columns: list[list[str]]
+    color: str = "#3f789e"
+
+
+@dataclass(frozen=True)
+class Workflow:
+    nodes: dict[str, Node]
+    layout: list[list[Group]]  # columns of groups, from left to right
+
+
+def note(title: str, shows: str, attempt: str) -> Node:
+    text = (
+        f"## {title}\n\n{shows}\n\n**Try:** {attempt}\n\n"
+        "**Your own checkpoint:** exchange *Load Demo Model* for *Load Checkpoint* (model, clip and vae go "
+        "to the same places), set *Empty Latent Image* to 512 px (SD1.5) or 1024 px (SDXL) and cfg to 7.5."
+    )
+    return Node("MarkdownNote", widgets={"0": text}, title="About this workflow", size=(400.0, 290.0))
+
+
+def prompts(source: str, target: str, mode: str = "auto") -> Node:
+    return Node(
+        "P2PPromptPair",
+        {"clip": ("model", "clip")},
+        {"source": source, "target": target, "mode": mode},
+        size=PROMPT_SIZE,
+    )
+
+
+def tau(cross_end: float = 0.8, self_end: float = 0.4, title: str | None = None) -> Node:
+    return Node("P2PTauScheduler", widgets={"cross_end": cross_end, "self_end": self_end}, title=title)
+
+
+SETTINGS: dict[str, Any] = {"steps": 20, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal"}
+
+
+def sampler(seed: int, edit: str = "prompts", schedule: str = "tau", title: str | None = None) -> Node:
+    return Node(
+        "P2PSampler",
+        {
+            "model": ("model", "model"),
+            "edit": (edit, "edit"),
+            "tau": (schedule, "tau"),
+            "negative": ("negative", "CONDITIONING"),
+            "latent": ("latent", "LATENT"),
+        },
+        {"seed": seed, "control_after_generate": "fixed", **SETTINGS},
+        title=title,
+    )
+
+
+def common(batch: int) -> dict[str, Node]:
+    """The nodes that every workflow starts with."""
+    return {
+        "model": Node("P2PDemoModel"),
+        "negative": Node(
+            "CLIPTextEncode", {"clip": ("model", "clip")}, {"text": ""}, "Negative prompt", NEGATIVE_SIZE
+        ),
+        "latent": Node("EmptyLatentImage", widgets={"width": 128, "height": 128, "batch_size": batch}),
+    }
+
+
+def ending(name: str, latents: list[tuple[str, str]], labels: list[str], columns: int) -> dict[str, Node]:
+    """Latents joined in order, decoded, laid out as a labelled grid and saved."""
+    nodes: dict[str, Node] = {}
+    joined = latents[0]
+    for number, latent in enumerate(latents[1:], 1):
+        nodes[f"join{number}"] = Node("LatentBatch", {"samples1": joined, "samples2": latent})
+        joined = (f"join{number}", "LATENT")
+    nodes["decode"] = Node("VAEDecode", {"samples": joined, "vae": ("model", "vae")})
+    nodes["grid"] = Node(
+        "P2PComparisonGrid",
+        {"images": ("decode", "IMAGE")},
+        {"labels": "\n".join(labels), "columns": columns},
+    )
+    nodes["save"] = saved(name)
+    return nodes
+
+
+def saved(name: str) -> Node:
+    return Node(
+        "SaveImage", {"images": ("grid", "image")}, {"filename_prefix": f"{PACK}/{name}"}, size=PICTURE_SIZE
+    )
+
+
+START = [Group("Read me", [["note"]], "#a1309b"), Group("Model", [["model", "latent", "negative"]])]
+
+
+def word_swap() -> Workflow:
+    """The paper's first edit, on the pack's own sampler."""
+    nodes = {
+        "note": note(
+            "Word swap",
+            "*bicycle* becomes *car*; the new word takes the old word's attention, so the cat and the place "
+            "stay. Top: the source prompt. Bottom: the target prompt, from the same noise.",
+            "other words in the target prompt; *cross_end* lower for more freedom, higher for more of the "
+            "source.",
+        ),
+        **common(batch=4),
+        "prompts": prompts("a cat riding a bicycle", "a cat riding a car"),
+        "tau": tau(),
+        "sample": sampler(seed=1),
+        **ending("word_swap", [("sample", "source"), ("sample", "targets")], [], columns=4),
+    }
+    return Workflow(
+        nodes,
+        [
+            START,
+            [Group("The edit", [["prompts", "tau"]], "#8A8")],
+            [Group("Source and target together", [["sample", "join1", "decode"]], "#88A")],
+            [Group("Source above, target below", [["grid", "save"]], "#b58b2a")],
+        ],
+    )
+
+
+def refinement() -> Workflow:
+    """Words added in front; on the stock KSampler, to show that any sampler will do."""
+    nodes = {
+        "note": note(
+            "Prompt refinement, on the stock KSampler",
+            "Words are added in front: *children drawing of* is new, and *a castle* keeps its attention. "
+            "*Attention Controller* patches the model, *Paired Latent* doubles the latent: any sampler then "
+            "does the edit.",
+            "*cross_end* and *self_end* lower: more drawing, less of this castle. Another sampler in "
+            "*KSampler*.",
+        ),
+        **common(batch=4),
+        "prompts": prompts("a castle", "children drawing of a castle", "refine"),
+        "tau": tau(),
+        "control": Node(
+            "P2PAttentionController",
+            {"model": ("model", "model"), "edit": ("prompts", "edit"), "tau": ("tau", "tau")},
+        ),
+        "pair": Node("P2PPairedLatent", {"latent": ("latent", "LATENT"), "edit": ("prompts", "edit")}),
+        "sample": Node(
+            "KSampler",
+            {
+                "model": ("control", "model"),
+                "positive": ("control", "positive"),
+                "negative": ("negative", "CONDITIONING"),
+                "latent_image": ("pair", "latent"),
+            },
+            {"seed": 1, "control_after_generate": "fixed", "denoise": 1.0, **SETTINGS},
+        ),
+        "decode": Node("VAEDecode", {"samples": ("sample", "LATENT"), "vae": ("model", "vae")}),
+        "split": Node("P2PSplitBranches", {"images": ("decode", "IMAGE"), "edit": ("prompts", "edit")}),
+        "join": Node("ImageBatch", {"image1": ("split", "source"), "image2": ("split", "targets")}),
+        "grid": Node("P2PComparisonGrid", {"images": ("join", "IMAGE")}, {"columns": 4}),
+        "save": saved("refinement"),
+    }
+    return Workflow(
+        nodes,
+        [
+            START,
+            [Group("The edit", [["prompts", "tau"]], "#8A8")],
+            [Group("Stock nodes, paired", [["control", "pair", "sample"]], "#88A")],
+            [Group("Split the pairs", [["decode", "split", "join"]], "#88A")],
+            [Group("Source above, target below", [["grid", "save"]], "#b58b2a")],
+        ],
+    )
+
+
+def reweighting() -> Workflow:
+    """One word at four strengths; at c = 1 the picture is the source itself."""
+    strengths = (-2, 0, 2)
+    prompt = "a castle on a snowy mountain"
+    nodes = {
+        "note": note(
+            "Re-weighting a word",
+            "The prompt stays as it is; the attention of *snowy* is multiplied by c, from -2 to 2. At c = 1 "
+            "nothing changes, so that picture is the source.",
+            "another word in *Token Reweight*, or values in between.",
+        ),
+        **common(batch=1),
+        "prompts": prompts(prompt, prompt),
+        "tau": tau(),
+    }
+    rows = []
+    for c in strengths:
+        nodes[f"reweight{c}"] = Node(
+            "P2PTokenReweight",
+            {"edit": ("prompts", "edit")},
+            {"words": "snowy", "scale": float(c), "target": 0},
+            f"Token Reweight, c = {c}",
+        )
+        nodes[f"sample{c}"] = sampler(1, f"reweight{c}", title=f"Paired Sampler, c = {c}")
+        rows.append(Group(f"snowy at c = {c}", [[f"reweight{c}"], [f"sample{c}"]], "#88A"))
+    latents = [("sample-2", "targets"), ("sample0", "targets"), ("sample0", "source"), ("sample2", "targets")]
+    nodes |= ending("reweighting", latents, ["c = -2", "c = 0", "c = 1 (source)", "c = 2"], columns=4)
+    return Workflow(
+        nodes,
+        [
+            START,
+            [Group("The edit", [["prompts", "tau"]], "#8A8")],
+            rows,
+            [Group("Decode", [["join1", "join2", "join3", "decode"]], "#88A")],
+            [Group("From less snow to more", [["grid", "save"]], "#b58b2a")],
+        ],
+    )
+
+
+def tau_sweep() -> Workflow:
+    """How long the source's cross-attention is kept."""
+    ends = (0.2, 0.5, 0.8, 1.0)
+    nodes = {
+        "note": note(
+            "tau: how long the source's attention is kept",
+            "The same edit four times; *cross_end* is the part of the run in which the target uses the "
+            "source's maps. Low: the new word decides. High: the source's layout does.",
+            "*self_end* the same way: it keeps outlines. *fade* lets a window end softly.",
+        ),
+        **common(batch=1),
+        "prompts": prompts("a cat riding a bicycle", "a cat riding a car"),
+    }
+    rows = []
+    for end in ends:
+        nodes[f"tau{end}"] = tau(end, min(end, 0.4), f"\u03c4 Scheduler, cross_end = {end}")
+        nodes[f"sample{end}"] = sampler(1, schedule=f"tau{end}", title=f"Paired Sampler, cross_end = {end}")
+        rows.append(Group(f"cross_end = {end}", [[f"tau{end}"], [f"sample{end}"]], "#88A"))
+    latents = [("sample0.2", "source"), *((f"sample{end}", "targets") for end in ends)]
+    nodes |= ending("tau", latents, ["source", *(f"cross_end {end}" for end in ends)], columns=5)
+    return Workflow(
+        nodes,
+        [
+            START,
+            [Group("The edit", [["prompts"]], "#8A8")],
+            rows[:2],
+            rows[2:],
+            [Group("Decode", [["join1", "join2", "join3", "join4", "decode"]], "#88A")],
+            [Group("From free to faithful", [["grid", "save"]], "#b58b2a")],
+        ],
+    )
+
+
+CATALOGUE = {"word_swap": word_swap, "refinement": refinement, "reweighting": reweighting, "tau": tau_sweep}
+
+# Adds nodes with their widgets and links to an empty graph; returns the size that each node asks for.
+BUILD = """([nodes, id]) => {
+  const graph = window.app.graph;
+  graph.clear();
+  graph.id = id;
+  const made = {};
+  for (const [key, spec] of Object.entries(nodes)) {
+    const node = made[key] = window.LiteGraph.createNode(spec.type);
+    if (!node) throw new Error(`this ComfyUI has no node called ${spec.type}`);
+    graph.add(node);
+    if (spec.title) node.title = spec.title;
+    for (const [name, value] of Object.entries(spec.widgets)) {
+      const widget = node.widgets?.find((w) => w.name === name) ?? node.widgets?.[name];
+      if (!widget) throw new Error(`node ${spec.type} has no widget ${name}`);
+      widget.value = value;
+    }
+  }
+  for (const [key, spec] of Object.entries(nodes))
+    for (const [input, [from, output]] of Object.entries(spec.links)) {
+      const slot = made[from].outputs.findIndex((o) => o.name === output);
+      if (slot < 0) throw new Error(`node ${made[from].type} has no output ${output}`);
+      if (made[key].findInputSlot(input) < 0) throw new Error(`node ${spec.type} has no input ${input}`);
+      if (!made[from].connect(slot, made[key], made[key].findInputSlot(input)))
+        throw new Error(`${made[from].type}.${output} does not fit ${spec.type}.${input}`);
+    }
+  return Object.fromEntries(Object.entries(made).map(([key, node]) => {
+    const [width, height] = node.computeSize();
+    const size = [Math.max(width, node.size[0], nodes[key].size[0]), Math.max(height, nodes[key].size[1])];
+    return [key, {id: node.id, size}];
+  }));
+}"""
+
+PLACE = """([nodes, groups]) => {
+  const graph = window.app.graph;
+  for (const {id, pos, size} of Object.values(nodes)) {
+    const node = graph.getNodeById(id);
+    node.pos = pos;
+    node.setSize(size);
+  }
+  for (const {title, color, pos, size} of groups) {
+    const group = new window.LiteGraph.LGraphGroup(title);
+    group.pos = pos;
+    group.size = size;
+    group.color = color;
+    graph.add(group);
+  }
+  // The whole graph in view when it is opened, clear of the page's bars.
+  const right = Math.max(...groups.map((g) => g.pos[0] + g.size[0]));
+  const bottom = Math.max(...groups.map((g) => g.pos[1] + g.size[1]));
+  const scale = Math.min(1450 / right, 750 / bottom);
+  window.app.canvas.ds.scale = scale;
+  window.app.canvas.ds.offset = [80 / scale, 130 / scale];
+}"""
+
+
+def place(workflow: Workflow, nodes: dict[str, Any]) -> list[dict[str, Any]]:
+    """Gives every node a position, column by column, and returns the groups with theirs."""
+    groups = []
+    x = 0.0
+    for stack in workflow.layout:
+        y = 0.0
+        stack_width = 0.0
+        for group in stack:
+            left, bottom = x + GAP / 2, 0.0
+            for column in group.columns:
+                top = y + GROUP_TITLE
+                width = max(nodes[key]["size"][0] for key in column)
+                for key in column:
+                    node = nodes[key]
+                    node["size"][0] = width
+                    node["pos"] = [left, top + TITLE]
+                    top += TITLE + node["size"][1] + GAP / 2
+                left += width + GAP
+                bottom = max(bottom, top)
+            width = max(left - GAP / 2 - x, LETTER * len(group.title))
+            groups.append(
+                {"title": group.title, "color": group.color, "pos": [x, y], "size": [width, bottom - y]}
+            )
+            stack_width = max(stack_width, width)
+            y = bottom + GAP
+        x += stack_width + GAP
+    return groups
+
+
+def build(editor: Editor, name: str) -> dict[str, Any]:
+    workflow = CATALOGUE[name]()
+    placed = {
+        key for stack in workflow.layout for group in stack for column in group.columns for key in column
+    }
+    if placed != set(workflow.nodes):
+        raise ValueError(f"workflow {name}: not laid out: {sorted(set(workflow.nodes) ^ placed)}")
+    described = {
+        key: {"type": n.type, "links": n.links, "widgets": n.widgets, "title": n.title, "size": n.size}
+        for key, n in workflow.nodes.items()
+    }
+    identity = str(uuid.uuid5(uuid.NAMESPACE_OID, f"{PACK}/{name}"))  # the same file from every build
+    nodes = editor.page.evaluate(BUILD, [described, identity])
+    groups = place(workflow, nodes)
+    editor.page.evaluate(PLACE, [nodes, groups])
+    return editor.workflow()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Build workflows/*.json in ComfyUI's own page.")
+    parser.add_argument(
+        "names", nargs="*", default=list(CATALOGUE), metavar="name", help=", ".join(CATALOGUE)
+    )
+    names = parser.parse_args().names
+    with running_server(cpu=True) as server, open_editor(server) as editor:
+        for name in names:
+            path = Path(WORKFLOWS / f"{name}.json")
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(build(editor, name), indent=2) + "\n")
+            print(f"wrote {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
