@@ -1,0 +1,130 @@
+"""What to change: one source prompt, the targets, and the maps that each target inherits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .alignment import Alignment, Mode, align, token_mapping
+from .prompt import Prompt, WordNotFound, split_words
+
+GAIN_LIMIT = 2.0
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """The prompt that the picture is made from; conditioning is the host's encoding of it."""
+
+    prompt: Prompt
+    conditioning: Any = field(default=None, repr=False)
+
+    @property
+    def text(self) -> str:
+        return self.prompt.text
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """An edited prompt, and how it inherits the source's cross-attention.
+
+    mapping: M, (source tokens, target tokens): column j says where target token j takes its map from.
+    inherits: (target tokens,), 1 where the column takes the source's map, 0 where it keeps its own.
+    gain: (target tokens,), the re-weighting scale c of each token's map, 1 for none.
+    """
+
+    prompt: Prompt
+    alignment: Alignment
+    mapping: Tensor = field(repr=False)
+    inherits: Tensor = field(repr=False)
+    gain: Tensor = field(repr=False)
+    conditioning: Any = field(default=None, repr=False)
+
+    @property
+    def text(self) -> str:
+        return self.prompt.text
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """One source and its targets. Branch 0 of a pair is the source, 1..N are the targets."""
+
+    source: Source
+    targets: tuple[Target, ...] = ()
+
+    @property
+    def branches(self) -> int:
+        return 1 + len(self.targets)
+
+    def with_target(self, prompt: Prompt, mode: Mode, conditioning: Any = None) -> Edit:
+        """This edit with one more target, aligned to the source."""
+        alignment = align(self.source.prompt, prompt, mode)
+        mapping, inherits = token_mapping(self.source.prompt, prompt, alignment)
+        target = Target(prompt, alignment, mapping, inherits, torch.ones(prompt.length), conditioning)
+        return replace(self, targets=(*self.targets, target))
+
+    def reweighted(self, words: str, scale: float, target: int = 0) -> Edit:
+        """Scale the maps of words: A*_j = c A_j (Hertz et al. 2023, section 3.2, attention re-weighting).
+
+        words: words or phrases of the target, separated by commas. scale: c in [-2, 2]; scales of several
+        calls multiply. target: which one, from 1; 0 for all that have the word.
+
+        Raises WordNotFound if a word is in none of those targets, ValueError for a number out of range.
+        """
+        if not -GAIN_LIMIT <= scale <= GAIN_LIMIT:
+            raise ValueError(f"scale is {scale:g}; expected a number from {-GAIN_LIMIT:g} to {GAIN_LIMIT:g}.")
+        if not 0 <= target <= len(self.targets):
+            raise ValueError(
+                f"target is {target}, but the edit has {len(self.targets)}; expected 0 (all) to {len(self.targets)}."
+            )
+        phrases = split_words(words)
+        if not phrases:
+            raise ValueError("No word was given to re-weight; write one or more words of the target prompt.")
+        targets = list(self.targets)
+        for phrase in phrases:
+            for n, tokens in self.find_in_targets(phrase, target).items():
+                gain = targets[n].gain.clone()
+                gain[list(tokens)] *= scale
+                targets[n] = replace(targets[n], gain=gain)
+        return replace(self, targets=tuple(targets))
+
+    def find_in_targets(self, phrase: str, target: int = 0) -> dict[int, tuple[int, ...]]:
+        """Token positions of a phrase by index of target, in target number `target` or (0) wherever it stands.
+
+        Raises WordNotFound, which lists the words, if it stands in none of them.
+        """
+        found, error = {}, None
+        for n, candidate in enumerate(self.targets):
+            if target in (0, n + 1):
+                try:
+                    found[n] = candidate.prompt.find(phrase)
+                except WordNotFound as missing:
+                    error = error or missing
+        if not found and error is not None:
+            raise error
+        return found
+
+    def describe(self) -> str:
+        """The alignment of every target, for people."""
+        return "\n\n".join(
+            target.alignment.describe(self.source.prompt, target.prompt) for target in self.targets
+        )
+
+
+def coefficients(target: Target, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """How much of the source's map and of its own map each target token gets at one step.
+
+        A*_j = from_source_j (A_s M)_j + own_j A_t,j
+        from_source = w c m          own = w c (1 - m) + (1 - w)
+
+    with w = weights, the tau schedule (t,); m = inherits; c = gain. Outside the window (w = 0) the target's
+    own attention is untouched, its gain included. Source: Hertz et al. 2023, equations of section 3.2 and the
+    blend of `alpha_words` in the authors' code.
+
+    Returns (from_source, own), each (t,) float32.
+    """
+    from_source = weights * target.gain * target.inherits
+    own = weights * target.gain * (1.0 - target.inherits) + (1.0 - weights)
+    return from_source, own

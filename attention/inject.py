@@ -1,0 +1,109 @@
+"""The method: the source's attention maps, injected into the target's attention without ever being built.
+
+Legend for shapes: b batch rows, r target rows among them, N targets, h heads, n query tokens (pixels),
+t text tokens, d head width, L key tokens of a call (t, or t repeated).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from einops import repeat
+from torch import Tensor
+
+from .plan import CrossStep
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""q (b, n, h d), k (b, L, h d), v (b, L, h d) -> softmax(q k^T / sqrt(d)) v, (b, n, h d)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Which rows of a batch are targets.
+
+    target: (r,) their rows. branch: (r,) the number of each one's target, from 0.
+    origin: (b,) the row that each row takes queries and keys from: the pair's source for targets, else itself.
+    """
+
+    target: Tensor
+    branch: Tensor
+    origin: Tensor
+
+    def expand(self, parts: int) -> Rows:
+        """The same rows after each was split into `parts` consecutive ones (tiled attention)."""
+        if parts == 1:
+            return self
+
+        def split(rows: Tensor) -> Tensor:
+            return (rows[:, None] * parts + torch.arange(parts, device=rows.device)).flatten()
+
+        return Rows(split(self.target), repeat(self.branch, "r -> (r p)", p=parts), split(self.origin))
+
+
+def paired_rows(batch: int, branches: int, offsets: list[int], size: int, device: torch.device) -> Rows:
+    """Rows of a model call in which chunks of `size` rows, beginning at `offsets`, tile (source, targets ...)."""
+    origin = list(range(batch))
+    target, branch = [], []
+    for offset in offsets:
+        for row in range(size):
+            if row % branches:
+                target.append(offset + row)
+                branch.append(row % branches - 1)
+                origin[offset + row] = offset + row - row % branches
+    return Rows(*(torch.tensor(rows, dtype=torch.long, device=device) for rows in (target, branch, origin)))
+
+
+def cross_attention(
+    attend: Attention, attend_own: Attention, q: Tensor, k: Tensor, v: Tensor, rows: Rows, step: CrossStep
+) -> Tensor:
+    """Cross-attention with the source's maps in the target's rows.
+
+        A*_j V_t = softmax(Q_s K_s^T / sqrt(d)) [M (from_source o V_t)] + softmax(Q_t K_t^T / sqrt(d)) [own o V_t]
+
+    Column operations on a map commute to the values, so this is the edited map of Hertz et al. 2023
+    (section 3.2: word swap, refinement, re-weighting) times V_t, in at most two ordinary attention calls.
+
+    attend: the whole batch's attention, whatever other nodes made of it; called once.
+    attend_own: plain attention, called on the target rows for the second term where there is one.
+    q (b, n, h d), k and v (b, L, h d); L may hold the conditioning's t tokens several times.
+    """
+    values = v.index_select(0, rows.target)  # (r, L, h d)
+    own = step.own
+    if own is not None:
+        copies = v.shape[1] // own.shape[1]
+        own = repeat(own, "N t -> N (c t) 1", c=copies).index_select(0, rows.branch) * values
+    if step.moved is None:
+        return attend(
+            q, k, v.index_copy(0, rows.target, own if own is not None else torch.zeros_like(values))
+        )
+    tokens = step.moved.shape[1]
+    copies = v.shape[1] // tokens
+    moved = torch.bmm(step.moved.index_select(0, rows.branch), values[:, :tokens])
+    moved = repeat(moved, "r t c -> r (copies t) c", copies=copies)
+    out = attend(
+        q.index_select(0, rows.origin), k.index_select(0, rows.origin), v.index_copy(0, rows.target, moved)
+    )
+    if own is None:
+        return out
+    rest = attend_own(q.index_select(0, rows.target), k.index_select(0, rows.target), own)
+    return out.index_add(0, rows.target, rest)
+
+
+def self_attention(
+    attend: Attention, attend_own: Attention, q: Tensor, k: Tensor, v: Tensor, rows: Rows, weight: float
+) -> Tensor:
+    """Self-attention with the source's map in the target's rows, the values staying the target's own.
+
+        weight softmax(Q_s K_s^T / sqrt(d)) V_t + (1 - weight) softmax(Q_t K_t^T / sqrt(d)) V_t
+
+    Source: Hertz et al. 2023, section 4 (self-attention injection); Tumanyan et al. 2023, section 4.
+    Arguments as in `cross_attention`; weight in (0, 1].
+    """
+    out = attend(q.index_select(0, rows.origin), k.index_select(0, rows.origin), v)
+    if weight >= 1.0:
+        return out
+    target = rows.target
+    rest = attend_own(q.index_select(0, target), k.index_select(0, target), v.index_select(0, target))
+    return out.index_copy(0, target, torch.lerp(rest, out.index_select(0, target), weight))

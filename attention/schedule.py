@@ -1,0 +1,118 @@
+"""tau: in which part of the run the source's attention is injected."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .edit import Edit, Target
+
+
+@dataclass(frozen=True)
+class Window:
+    """A part of the run, as fractions of its steps: active where start <= progress < end.
+
+    Step i of n has progress i / n, so a window of 0 to 0.8 covers the first 16 of 20 steps.
+    Raises ValueError unless 0 <= start <= end <= 1.
+    """
+
+    start: float
+    end: float
+
+    def __post_init__(self) -> None:
+        for name, value in (("start", self.start), ("end", self.end)):
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(
+                    f"The {name} of a tau window is {value:g}; expected a fraction of the run from 0 to 1."
+                )
+        if self.end < self.start:
+            raise ValueError(f"A tau window ends at {self.end:g}, before its start at {self.start:g}.")
+
+    def weight(self, progress: float, fade: float = 0.0) -> float:
+        """How strongly the window acts at `progress`, from 0 to 1.
+
+        With fade f > 0 the weight falls linearly from 1 to 0 over the last f of the run before `end`, and
+        rises likewise after `start`; an edge at the run's own start or end does not fade.
+        """
+        if not self.start <= progress < self.end:
+            return 0.0
+        if fade <= 0.0:
+            return 1.0
+        falling = (self.end - progress) / fade if self.end < 1.0 else 1.0
+        rising = (progress - self.start) / fade if self.start > 0.0 else 1.0
+        return min(1.0, falling, rising)
+
+
+@dataclass(frozen=True)
+class TauSchedule:
+    """When and where the source's attention replaces the target's.
+
+    cross, self_: windows for cross- and self-attention.
+    fade: width of the windows' soft edges, fraction of the run.
+    self_resolution: self-attention is injected where the largest side of the layer's grid is at most this
+        fraction of the latent's (0.5: 32 x 32 for a 64 x 64 latent), Hertz et al. 2023, section 4.
+    words: windows for single words or phrases of the target, instead of `cross`.
+    """
+
+    cross: Window = Window(0.0, 0.8)
+    self_: Window = Window(0.0, 0.4)
+    fade: float = 0.0
+    self_resolution: float = 0.5
+    words: tuple[tuple[str, Window], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, value in (("fade", self.fade), ("self_resolution", self.self_resolution)):
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name} is {value:g}; expected a number from 0 to 1.")
+
+    def check_words(self, edit: Edit) -> None:
+        """Raise WordNotFound for a word with a window of its own that is in none of the targets."""
+        for word, _ in self.words:
+            edit.find_in_targets(word)
+
+    def cross_weights(self, target: Target, progress: float) -> Tensor:
+        """Weight of the cross-attention window for each token of the target, (t,) float32 from 0 to 1."""
+        weights = torch.full((target.prompt.length,), self.cross.weight(progress, self.fade))
+        for word, window in self.words:
+            if target.prompt.contains(word):
+                weights[list(target.prompt.find(word))] = window.weight(progress, self.fade)
+        return weights
+
+    def self_weight(self, progress: float) -> float:
+        """Weight of the self-attention window, from 0 to 1."""
+        return self.self_.weight(progress, self.fade)
+
+
+def parse_word_windows(text: str) -> tuple[tuple[str, Window], ...]:
+    """Read `word: end` or `word: start-end`, one per line.
+
+    Raises ValueError that quotes the line and says what was expected.
+    """
+    windows = []
+    for line in filter(None, map(str.strip, text.splitlines())):
+        match = re.fullmatch(r"(.+?)\s*:\s*(?:(\d*\.?\d+)\s*-\s*)?(\d*\.?\d+)", line)
+        if match is None:
+            raise ValueError(
+                f'Cannot read the line "{line}"; expected "word: end" or "word: start-end", like "hat: 0.2-0.6".'
+            )
+        try:
+            windows.append((match[1], Window(float(match[2] or 0.0), float(match[3]))))
+        except ValueError as error:
+            raise ValueError(f'In the line "{line}": {error}') from None
+    return tuple(windows)
+
+
+def step_of(sigma: float, sigmas: list[float]) -> int:
+    """The step that a model call at `sigma` belongs to: the last i with sigmas[i] >= sigma.
+
+    sigmas: the run's list, descending, one more than there are steps. Calls between two entries, as in
+    second-order samplers, belong to the step that they are part of; progress is step / steps.
+    """
+    steps = max(len(sigmas) - 1, 1)
+    reached = sum(entry >= sigma * (1.0 - 1e-4) for entry in sigmas[:steps])
+    return min(max(reached - 1, 0), steps - 1)

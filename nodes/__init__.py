@@ -1,0 +1,28 @@
+"""The nodes, and the extension that presents them to ComfyUI."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from .control import AttentionController, TauScheduler
+from .demo import DemoModel
+from .grid import ComparisonGrid
+from .prompts import PromptPair, TokenReweight
+from .sample import PairedLatent, PairedSampler, SplitBranches
+
+NODES: list[type[io.ComfyNode]] = [
+    PromptPair,
+    TokenReweight,
+    TauScheduler,
+    AttentionController,
+    PairedLatent,
+    PairedSampler,
+    SplitBranches,
+    ComparisonGrid,
+    DemoModel,
+]
+
+
+class PromptToPromptExtension(ComfyExtension):
+    """All nodes of the pack."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES

@@ -1,0 +1,129 @@
+"""When to inject (tau), and the controller that puts an edit on a model."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..attention.edit import Edit
+from ..attention.schedule import TauSchedule, Window, parse_word_windows
+from ..sampling.controller import control
+from .types import CATEGORY, EditIO, TauIO
+
+
+def _fraction(name: str, default: float, tooltip: str) -> io.Float.Input:
+    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, tooltip=tooltip)
+
+
+class TauScheduler(io.ComfyNode):
+    """The windows of the run in which the source's attention is injected."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="P2PTauScheduler",
+            display_name="\N{GREEK SMALL LETTER TAU} Scheduler",
+            category=CATEGORY,
+            description="In which part of the run the source's attention is injected: more is more faithful, less is freer.",
+            inputs=[
+                _fraction(
+                    "cross_start",
+                    0.0,
+                    "Where cross-attention injection begins, as a fraction of the run's steps.",
+                ),
+                _fraction(
+                    "cross_end",
+                    0.8,
+                    "Where it ends: 1 keeps the source's layout throughout, 0 injects nothing.",
+                ),
+                _fraction(
+                    "self_start",
+                    0.0,
+                    "Where self-attention injection begins, as a fraction of the run's steps.",
+                ),
+                _fraction(
+                    "self_end", 0.4, "Where it ends: higher keeps shapes and outlines closer to the source."
+                ),
+                _fraction(
+                    "fade", 0.0, "Width of the windows' soft edges as a fraction of the run; 0 switches hard."
+                ),
+                _fraction(
+                    "self_resolution",
+                    0.5,
+                    "Self-attention is injected in layers whose grid's largest side is at most this fraction of the latent's.",
+                ),
+                io.String.Input(
+                    "words",
+                    default="",
+                    multiline=True,
+                    tooltip="Windows for single words or phrases of the target, one per line: 'hat: 0.3' or 'red hair: 0.1-0.6'.",
+                ),
+            ],
+            outputs=[TauIO.Output("tau")],
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls,
+        cross_start: float | None = None,
+        cross_end: float | None = None,
+        self_start: float | None = None,
+        self_end: float | None = None,
+        words: str | None = None,
+    ) -> bool | str:
+        try:
+            Window(cross_start or 0.0, 1.0 if cross_end is None else cross_end)
+            Window(self_start or 0.0, 1.0 if self_end is None else self_end)
+            parse_word_windows(words or "")
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(
+        cls,
+        cross_start: float,
+        cross_end: float,
+        self_start: float,
+        self_end: float,
+        fade: float,
+        self_resolution: float,
+        words: str,
+    ) -> io.NodeOutput:
+        return io.NodeOutput(
+            TauSchedule(
+                Window(cross_start, cross_end),
+                Window(self_start, self_end),
+                fade,
+                self_resolution,
+                parse_word_windows(words),
+            )
+        )
+
+
+class AttentionController(io.ComfyNode):
+    """A model that samples source and targets side by side, for stock samplers."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="P2PAttentionController",
+            display_name="Attention Controller",
+            category=CATEGORY,
+            description="Patches a model so that KSampler, SamplerCustom or SamplerCustomAdvanced sample the pair. "
+            "Feed them this model, this positive and a latent from Paired Latent.",
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="SD1.x, SD2.x or SDXL, with any LoRAs and patches already on it."
+                ),
+                EditIO.Input("edit"),
+                TauIO.Input("tau"),
+            ],
+            outputs=[
+                io.Model.Output("controlled", display_name="model"),
+                io.Conditioning.Output("positive"),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, edit: Edit, tau: TauSchedule) -> io.NodeOutput:
+        return io.NodeOutput(*control(model, edit, tau))

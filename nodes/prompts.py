@@ -1,0 +1,104 @@
+"""What to change: source and target prompts, and the weight of single words."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..attention.alignment import MODES
+from ..attention.edit import GAIN_LIMIT, Edit
+from ..attention.prompt import split_words
+from ..sampling.encode import start_edit
+from .types import CATEGORY, EditIO
+
+
+class PromptPair(io.ComfyNode):
+    """Source and target prompt, aligned word by word."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="P2PPromptPair",
+            display_name="Prompt Pair",
+            category=CATEGORY,
+            description="Encodes a source and a target prompt and finds which words share their attention maps.",
+            inputs=[
+                io.Clip.Input(
+                    "clip", tooltip="The text encoder of the checkpoint (CLIP: SD1.x, SD2.x, SDXL)."
+                ),
+                io.String.Input(
+                    "source",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    tooltip="The prompt of the picture to start from.",
+                ),
+                io.String.Input(
+                    "target",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    tooltip="The edited prompt: swap, add or remove words; keep the rest as in the source.",
+                ),
+                io.Combo.Input(
+                    "mode",
+                    options=list(MODES),
+                    default="auto",
+                    tooltip="swap: replaced words take the old words' maps. refine: only shared words keep the source's "
+                    "maps, all others bring their own. auto: swap where words are replaced, refine where words are added.",
+                ),
+            ],
+            outputs=[EditIO.Output("pair", display_name="edit")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, source: str | None = None, target: str | None = None) -> bool | str:
+        for name, text in (("source", source), ("target", target)):
+            if text is not None and not text.strip():
+                return f"The {name} prompt is empty; expected at least one word."
+        return True
+
+    @classmethod
+    def execute(cls, clip, source: str, target: str, mode: str) -> io.NodeOutput:
+        edit = start_edit(clip, source, target, mode)
+        return io.NodeOutput(edit, ui={"text": (edit.describe(),)})
+
+
+class TokenReweight(io.ComfyNode):
+    """Scale the attention maps of words."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="P2PTokenReweight",
+            display_name="Token Reweight",
+            category=CATEGORY,
+            description="Strengthens, weakens or inverts words of the target by scaling their cross-attention maps.",
+            inputs=[
+                EditIO.Input("edit"),
+                io.String.Input(
+                    "words",
+                    tooltip="Words or phrases of the target prompt, separated by commas; word#2 is its second occurrence.",
+                ),
+                io.Float.Input(
+                    "scale",
+                    default=1.0,
+                    min=-GAIN_LIMIT,
+                    max=GAIN_LIMIT,
+                    step=0.05,
+                    tooltip="c from -2 to 2: 1 leaves the word as it is, 2 doubles its effect, 0 removes it, "
+                    "below 0 pushes away from it. Scales of several nodes multiply.",
+                ),
+                io.Int.Input(
+                    "target", default=0, min=0, max=64, tooltip="Which target, from 1; 0 means all of them."
+                ),
+            ],
+            outputs=[EditIO.Output("reweighted", display_name="edit")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, words: str | None = None) -> bool | str:
+        if words is not None and not split_words(words):
+            return "No word was given to re-weight; write one or more words of the target prompt."
+        return True
+
+    @classmethod
+    def execute(cls, edit: Edit, words: str, scale: float, target: int) -> io.NodeOutput:
+        return io.NodeOutput(edit.reweighted(words, scale, target))

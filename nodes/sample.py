@@ -1,0 +1,134 @@
+"""Sampling pairs: the paired latent, the paired sampler, and taking branches apart again."""
+
+from __future__ import annotations
+
+import comfy.samplers
+from comfy_api.latest import io
+
+from ..attention.edit import Edit
+from ..attention.schedule import TauSchedule
+from ..sampling.pairing import check_rows, paired_latent, split_rows
+from ..sampling.sampler import sample_pairs
+from .types import CATEGORY, EditIO, TauIO
+
+
+class PairedLatent(io.ComfyNode):
+    """One latent per branch, for stock samplers."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="P2PPairedLatent",
+            display_name="Paired Latent",
+            category=CATEGORY,
+            description="Repeats each latent once per branch (source, targets), all starting from the same noise.",
+            inputs=[io.Latent.Input("latent"), EditIO.Input("edit")],
+            outputs=[io.Latent.Output("paired", display_name="latent")],
+        )
+
+    @classmethod
+    def execute(cls, latent: dict, edit: Edit) -> io.NodeOutput:
+        return io.NodeOutput(paired_latent(latent, edit.branches))
+
+
+class PairedSampler(io.ComfyNode):
+    """Controller, paired latent, sampler and split in one node."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="P2PSampler",
+            display_name="Paired Sampler",
+            category=CATEGORY,
+            description="Denoises source and targets side by side from the same noise, the source's attention injected "
+            "into the targets. Takes plain latents; a batch gives one pair per item.",
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="SD1.x, SD2.x or SDXL, with any LoRAs and patches already on it."
+                ),
+                EditIO.Input("edit"),
+                TauIO.Input("tau"),
+                io.Conditioning.Input(
+                    "negative", tooltip="The negative prompt, for source and targets alike."
+                ),
+                io.Latent.Input("latent", tooltip="An ordinary latent, not paired."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="The same seed gives the same source as a KSampler with the source prompt.",
+                ),
+                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Number of denoising steps."),
+                io.Float.Input(
+                    "cfg",
+                    default=7.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="Classifier-free guidance scale.",
+                ),
+                io.Combo.Input(
+                    "sampler_name",
+                    options=comfy.samplers.KSampler.SAMPLERS,
+                    tooltip="Any of ComfyUI's samplers.",
+                ),
+                io.Combo.Input(
+                    "scheduler",
+                    options=comfy.samplers.KSampler.SCHEDULERS,
+                    tooltip="Spacing of the noise levels.",
+                ),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="1 starts from pure noise; less starts from the latent, as in KSampler.",
+                ),
+            ],
+            outputs=[io.Latent.Output("source"), io.Latent.Output("targets")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        edit: Edit,
+        tau: TauSchedule,
+        negative,
+        latent,
+        seed,
+        steps,
+        cfg,
+        sampler_name,
+        scheduler,
+        denoise,
+    ) -> io.NodeOutput:
+        return io.NodeOutput(
+            *sample_pairs(
+                model, edit, tau, negative, latent, seed, steps, cfg, sampler_name, scheduler, denoise
+            )
+        )
+
+
+class SplitBranches(io.ComfyNode):
+    """Images of a paired batch, sources and targets apart."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="P2PSplitBranches",
+            display_name="Split Branches",
+            category=CATEGORY,
+            description="Takes the images of a paired batch apart: the sources, and the targets.",
+            inputs=[io.Image.Input("images"), EditIO.Input("edit")],
+            outputs=[io.Image.Output("source"), io.Image.Output("targets")],
+        )
+
+    @classmethod
+    def execute(cls, images, edit: Edit) -> io.NodeOutput:
+        check_rows(images.shape[0], edit.branches, "The image batch")
+        return io.NodeOutput(*split_rows(images, edit.branches))

@@ -1,0 +1,79 @@
+"""Pairs as ComfyUI's values: conditionings and latents in which source and targets lie side by side.
+
+Rows are ordered (pair, branch), the branch running fastest: source, target 1 .. N, source, target 1 .. N ...
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from einops import repeat
+from torch import Tensor
+
+from ..attention.edit import Edit
+from ..attention.plan import conditioning_length
+from .encode import KEY
+
+
+def paired_conditioning(edit: Edit, mark: str) -> list:
+    """The host's CONDITIONING with one batch row per branch, each entry marked as the controller's own.
+
+    Prompts of different lengths are repeated to their common multiple, which leaves attention as it is; the
+    host does the same for prompt and negative prompt.
+
+    Raises ValueError if the prompts were encoded into different numbers of entries (different text encoders).
+    """
+    branches = [edit.source.conditioning, *(target.conditioning for target in edit.targets)]
+    if len({len(entries) for entries in branches}) != 1:
+        raise ValueError(
+            "Source and targets were encoded into different numbers of conditionings "
+            f"({', '.join(str(len(entries)) for entries in branches)}); use the same CLIP for all of them."
+        )
+    length = conditioning_length(edit)
+    return [_pair_entry(entries, length, mark) for entries in zip(*branches, strict=True)]
+
+
+def _pair_entry(entries: tuple, length: int, mark: str) -> list:
+    """One entry (tensor, options) of the pair, from the same entry of each branch."""
+    cond = torch.cat([repeat(cond, "b t c -> b (r t) c", r=length // cond.shape[1]) for cond, _ in entries])
+    options: dict[str, Any] = dict(entries[0][1])
+    for name in [name for name, value in options.items() if torch.is_tensor(value)]:
+        values = [other.get(name) for _, other in entries]
+        if all(torch.is_tensor(value) and value.shape == values[0].shape for value in values):
+            options[name] = torch.cat(values)
+    return [cond, {**options, KEY: mark}]
+
+
+def paired_latent(latent: dict, branches: int) -> dict:
+    """Repeat each item of a LATENT once per branch, with tied `batch_index`, so that a pair starts from one noise."""
+    samples = latent["samples"]
+    items = samples.shape[0]
+    index = latent.get("batch_index", range(items))
+    paired = {**latent, "samples": repeat(samples, "b ... -> (b n) ...", n=branches)}
+    paired["batch_index"] = [number for number in index for _ in range(branches)]
+    mask = latent.get("noise_mask")
+    if mask is not None and mask.shape[0] == items:
+        paired["noise_mask"] = repeat(mask, "b ... -> (b n) ...", n=branches)
+    return paired
+
+
+def check_rows(rows: int, branches: int, what: str) -> None:
+    """Raise ValueError unless `rows` is a multiple of `branches`; the message says both numbers."""
+    if rows == 0 or rows % branches:
+        raise ValueError(
+            f"{what} has a batch of {rows}, which is not a multiple of the edit's {branches} branches "
+            f"(1 source and {branches - 1} target{'s' if branches > 2 else ''}). "
+            "Put a Paired Latent node between the latent and the sampler."
+        )
+
+
+def split_rows(rows: Tensor, branches: int) -> tuple[Tensor, Tensor]:
+    """(pairs x branches, ...) -> the sources (pairs, ...) and the targets (pairs x targets, ...)."""
+    is_source = torch.arange(rows.shape[0]) % branches == 0
+    return rows[is_source], rows[~is_source]
+
+
+def tie_rows(noise: Tensor, branches: int) -> Tensor:
+    """Noise in which every branch of a pair has its source's."""
+    return repeat(noise[::branches], "b ... -> (b n) ...", n=branches)

@@ -1,0 +1,64 @@
+"""The paired sampler: source and targets in one batch, through the host's own sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import comfy.sample
+import comfy.utils
+import latent_preview
+import torch
+from torch import Tensor
+
+from ..attention.edit import Edit
+from ..attention.schedule import TauSchedule
+from .controller import control
+from .pairing import paired_latent, split_rows
+
+
+def sample_pairs(
+    model: Any,
+    edit: Edit,
+    tau: TauSchedule,
+    negative: list,
+    latent: dict,
+    seed: int,
+    steps: int,
+    cfg: float,
+    sampler_name: str,
+    scheduler: str,
+    denoise: float,
+) -> tuple[dict, dict]:
+    """Sample every item of an unpaired LATENT as a pair. Returns the sources' and the targets' LATENTs."""
+    patched, positive = control(model, edit, tau)
+    paired = paired_latent(latent, edit.branches)
+    image = comfy.sample.fix_empty_latent_channels(patched, paired["samples"])
+    samples = comfy.sample.sample(
+        patched,
+        comfy.sample.prepare_noise(image, seed, paired["batch_index"]),
+        steps,
+        cfg,
+        sampler_name,
+        scheduler,
+        positive,
+        negative,
+        image,
+        denoise=denoise,
+        noise_mask=paired.get("noise_mask"),
+        callback=preview_callback(patched, steps, edit.branches),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )
+    sources, targets = split_rows(samples, edit.branches)
+    return ({"samples": sources}, {"samples": targets})
+
+
+def preview_callback(model: Any, steps: int, branches: int) -> Callable:
+    """The host's preview and progress callback, showing the first pair's branches side by side."""
+    show = latent_preview.prepare_callback(model, steps)
+
+    def callback(step: int, x0: Tensor, x: Tensor, total_steps: int) -> None:
+        show(step, torch.cat([*x0[:branches]], dim=-1)[None], x, total_steps)
+
+    return callback
