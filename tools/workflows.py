@@ -29,13 +29,16 @@ PROMPT_SIZE = (400.0, 330.0)  # room for two prompts and the alignment that a ru
 NEGATIVE_SIZE = (400.0, 100.0)
 PICTURE_SIZE = (620.0, 460.0)
 
+MODEL, CLIP, VAE = range(3)  # outputs of the model loaders
+SOURCE, TARGETS = range(2)  # outputs of Paired Sampler and Split Branches
+
 
 @dataclass(frozen=True)
 class Node:
-    """`links` maps an input to (node, output); `widgets` maps a widget to its value."""
+    """`links` maps an input to (node, position of the output); `widgets` maps a widget to its value."""
 
     type: str
-    links: dict[str, tuple[str, str]] = field(default_factory=dict)
+    links: dict[str, tuple[str, int]] = field(default_factory=dict)
     widgets: dict[str, Any] = field(default_factory=dict)
     title: str | None = None
     size: tuple[float, float] = (0.0, 0.0)  # at least
@@ -68,7 +71,7 @@ def note(title: str, shows: str, attempt: str) -> Node:
 def prompts(source: str, target: str, mode: str = "auto") -> Node:
     return Node(
         "P2PPromptPair",
-        {"clip": ("model", "clip")},
+        {"clip": ("model", CLIP)},
         {"source": source, "target": target, "mode": mode},
         size=PROMPT_SIZE,
     )
@@ -85,11 +88,11 @@ def sampler(seed: int, edit: str = "prompts", schedule: str = "tau", title: str 
     return Node(
         "P2PSampler",
         {
-            "model": ("model", "model"),
-            "edit": (edit, "edit"),
-            "tau": (schedule, "tau"),
-            "negative": ("negative", "CONDITIONING"),
-            "latent": ("latent", "LATENT"),
+            "model": ("model", MODEL),
+            "edit": (edit, 0),
+            "tau": (schedule, 0),
+            "negative": ("negative", 0),
+            "latent": ("latent", 0),
         },
         {"seed": seed, "control_after_generate": "fixed", **SETTINGS},
         title=title,
@@ -101,23 +104,23 @@ def common(batch: int) -> dict[str, Node]:
     return {
         "model": Node("P2PDemoModel"),
         "negative": Node(
-            "CLIPTextEncode", {"clip": ("model", "clip")}, {"text": ""}, "Negative prompt", NEGATIVE_SIZE
+            "CLIPTextEncode", {"clip": ("model", CLIP)}, {"text": ""}, "Negative prompt", NEGATIVE_SIZE
         ),
         "latent": Node("EmptyLatentImage", widgets={"width": 128, "height": 128, "batch_size": batch}),
     }
 
 
-def ending(name: str, latents: list[tuple[str, str]], labels: list[str], columns: int) -> dict[str, Node]:
+def ending(name: str, latents: list[tuple[str, int]], labels: list[str], columns: int) -> dict[str, Node]:
     """Latents joined in order, decoded, laid out as a labelled grid and saved."""
     nodes: dict[str, Node] = {}
     joined = latents[0]
     for number, latent in enumerate(latents[1:], 1):
         nodes[f"join{number}"] = Node("LatentBatch", {"samples1": joined, "samples2": latent})
-        joined = (f"join{number}", "LATENT")
-    nodes["decode"] = Node("VAEDecode", {"samples": joined, "vae": ("model", "vae")})
+        joined = (f"join{number}", 0)
+    nodes["decode"] = Node("VAEDecode", {"samples": joined, "vae": ("model", VAE)})
     nodes["grid"] = Node(
         "P2PComparisonGrid",
-        {"images": ("decode", "IMAGE")},
+        {"images": ("decode", 0)},
         {"labels": "\n".join(labels), "columns": columns},
     )
     nodes["save"] = saved(name)
@@ -126,7 +129,7 @@ def ending(name: str, latents: list[tuple[str, str]], labels: list[str], columns
 
 def saved(name: str) -> Node:
     return Node(
-        "SaveImage", {"images": ("grid", "image")}, {"filename_prefix": f"{PACK}/{name}"}, size=PICTURE_SIZE
+        "SaveImage", {"images": ("grid", 0)}, {"filename_prefix": f"{PACK}/{name}"}, size=PICTURE_SIZE
     )
 
 
@@ -147,7 +150,7 @@ def word_swap() -> Workflow:
         "prompts": prompts("a cat riding a bicycle", "a cat riding a car"),
         "tau": tau(),
         "sample": sampler(seed=1),
-        **ending("word_swap", [("sample", "source"), ("sample", "targets")], [], columns=4),
+        **ending("word_swap", [("sample", SOURCE), ("sample", TARGETS)], [], columns=4),
     }
     return Workflow(
         nodes,
@@ -176,23 +179,23 @@ def refinement() -> Workflow:
         "tau": tau(),
         "control": Node(
             "P2PAttentionController",
-            {"model": ("model", "model"), "edit": ("prompts", "edit"), "tau": ("tau", "tau")},
+            {"model": ("model", MODEL), "edit": ("prompts", 0), "tau": ("tau", 0)},
         ),
-        "pair": Node("P2PPairedLatent", {"latent": ("latent", "LATENT"), "edit": ("prompts", "edit")}),
+        "pair": Node("P2PPairedLatent", {"latent": ("latent", 0), "edit": ("prompts", 0)}),
         "sample": Node(
             "KSampler",
             {
-                "model": ("control", "model"),
-                "positive": ("control", "positive"),
-                "negative": ("negative", "CONDITIONING"),
-                "latent_image": ("pair", "latent"),
+                "model": ("control", 0),
+                "positive": ("control", 1),
+                "negative": ("negative", 0),
+                "latent_image": ("pair", 0),
             },
             {"seed": 1, "control_after_generate": "fixed", "denoise": 1.0, **SETTINGS},
         ),
-        "decode": Node("VAEDecode", {"samples": ("sample", "LATENT"), "vae": ("model", "vae")}),
-        "split": Node("P2PSplitBranches", {"images": ("decode", "IMAGE"), "edit": ("prompts", "edit")}),
-        "join": Node("ImageBatch", {"image1": ("split", "source"), "image2": ("split", "targets")}),
-        "grid": Node("P2PComparisonGrid", {"images": ("join", "IMAGE")}, {"columns": 4}),
+        "decode": Node("VAEDecode", {"samples": ("sample", 0), "vae": ("model", VAE)}),
+        "split": Node("P2PSplitBranches", {"images": ("decode", 0), "edit": ("prompts", 0)}),
+        "join": Node("ImageBatch", {"image1": ("split", SOURCE), "image2": ("split", TARGETS)}),
+        "grid": Node("P2PComparisonGrid", {"images": ("join", 0)}, {"columns": 4}),
         "save": saved("refinement"),
     }
     return Workflow(
@@ -226,13 +229,13 @@ def reweighting() -> Workflow:
     for c in strengths:
         nodes[f"reweight{c}"] = Node(
             "P2PTokenReweight",
-            {"edit": ("prompts", "edit")},
+            {"edit": ("prompts", 0)},
             {"words": "snowy", "scale": float(c), "target": 0},
             f"Token Reweight, c = {c}",
         )
         nodes[f"sample{c}"] = sampler(1, f"reweight{c}", title=f"Paired Sampler, c = {c}")
         rows.append(Group(f"snowy at c = {c}", [[f"reweight{c}"], [f"sample{c}"]], "#88A"))
-    latents = [("sample-2", "targets"), ("sample0", "targets"), ("sample0", "source"), ("sample2", "targets")]
+    latents = [("sample-2", TARGETS), ("sample0", TARGETS), ("sample0", SOURCE), ("sample2", TARGETS)]
     nodes |= ending("reweighting", latents, ["c = -2", "c = 0", "c = 1 (source)", "c = 2"], columns=4)
     return Workflow(
         nodes,
@@ -264,7 +267,7 @@ def tau_sweep() -> Workflow:
         nodes[f"tau{end}"] = tau(end, min(end, 0.4), f"\u03c4 Scheduler, cross_end = {end}")
         nodes[f"sample{end}"] = sampler(1, schedule=f"tau{end}", title=f"Paired Sampler, cross_end = {end}")
         rows.append(Group(f"cross_end = {end}", [[f"tau{end}"], [f"sample{end}"]], "#88A"))
-    latents = [("sample0.2", "source"), *((f"sample{end}", "targets") for end in ends)]
+    latents = [("sample0.2", SOURCE), *((f"sample{end}", TARGETS) for end in ends)]
     nodes |= ending("tau", latents, ["source", *(f"cross_end {end}" for end in ends)], columns=5)
     return Workflow(
         nodes,
@@ -300,11 +303,10 @@ BUILD = """([nodes, id]) => {
   }
   for (const [key, spec] of Object.entries(nodes))
     for (const [input, [from, output]] of Object.entries(spec.links)) {
-      const slot = made[from].outputs.findIndex((o) => o.name === output);
-      if (slot < 0) throw new Error(`node ${made[from].type} has no output ${output}`);
+      if (!made[from].outputs[output]) throw new Error(`node ${made[from].type} has no output ${output}`);
       if (made[key].findInputSlot(input) < 0) throw new Error(`node ${spec.type} has no input ${input}`);
-      if (!made[from].connect(slot, made[key], made[key].findInputSlot(input)))
-        throw new Error(`${made[from].type}.${output} does not fit ${spec.type}.${input}`);
+      if (!made[from].connect(output, made[key], made[key].findInputSlot(input)))
+        throw new Error(`output ${output} of ${made[from].type} does not fit ${spec.type}.${input}`);
     }
   return Object.fromEntries(Object.entries(made).map(([key, node]) => {
     const [width, height] = node.computeSize();
