@@ -3,7 +3,7 @@
 WEB_DIRECTORY = "./web"
 
 
-async def comfy_entrypoint():
+async def comfy_entrypoint():  # type: ignore[no-untyped-def]  # its type is the host's
     """ComfyUI calls this once to learn the pack's nodes."""
     from .nodes import PromptToPromptExtension
 

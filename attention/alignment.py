@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .prompt import Prompt
 
-Mode = Literal["auto", "swap", "refine"]
-MODES: tuple[Mode, ...] = ("auto", "swap", "refine")
+MODES = ("auto", "swap", "refine")
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ class Alignment:
         return "\n".join(text + [f"- {source.words[word].text} (removed)" for word in self.removed])
 
 
-def align(source: Prompt, target: Prompt, mode: Mode) -> Alignment:
+def align(source: Prompt, target: Prompt, mode: str) -> Alignment:
     """Global alignment of words (Needleman-Wunsch: gap 0, match 1, mismatch -1), then swaps.
 
     Where a run of unmatched source words faces a run of unmatched target words, the target's words are
@@ -113,14 +111,14 @@ def _match(source: Sequence[str], target: Sequence[str]) -> list[tuple[int, int]
 def token_mapping(source: Prompt, target: Prompt, alignment: Alignment) -> tuple[Tensor, Tensor]:
     """The alignment of words, written for tokens.
 
-    Paired words with equal token counts pair their tokens one to one; with unequal counts each target token
-    takes 1 / len(target tokens) of every source token, as in the paper's code, so that the attention paid to
-    the pair stays the same in sum. Start tokens map to start tokens, end to end; padding keeps its position in
-    the chunk, and a target's padding at j takes the source's at max(j, first padding of the source). A target
-    chunk that the source lacks takes these from the source's last chunk.
+    Paired words with equal token counts pair their tokens one to one; with unequal counts each target
+    token takes 1 / len(target tokens) of every source token, as in the paper's code, so that the attention
+    paid to the pair stays the same in sum. Start tokens map to start tokens, end to end; padding keeps its
+    position in the chunk, and a target's padding at j takes the source's at max(j, first padding of the
+    source). A target chunk that the source lacks takes these from the source's last chunk.
 
     Returns M (source tokens, target tokens) float32, column j says where target token j takes its map from;
-    and inherits (target tokens,) float32, 1 where column j takes the source's map and 0 where it keeps its own.
+    and inherits (target tokens,) float32, 1 where column j takes the source's map, 0 where it keeps its own.
     """
     mapping = torch.zeros(source.length, target.length)
     inherits = torch.zeros(target.length)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .alignment import Alignment, Mode, align, token_mapping
+from .alignment import Alignment, align, token_mapping
 from .prompt import Prompt, WordNotFound, split_words
 
 GAIN_LIMIT = 2.0
@@ -58,7 +58,7 @@ class Edit:
     def branches(self) -> int:
         return 1 + len(self.targets)
 
-    def with_target(self, prompt: Prompt, mode: Mode, conditioning: Any = None) -> Edit:
+    def with_target(self, prompt: Prompt, mode: str, conditioning: Any = None) -> Edit:
         """This edit with one more target, aligned to the source."""
         alignment = align(self.source.prompt, prompt, mode)
         mapping, inherits = token_mapping(self.source.prompt, prompt, alignment)
@@ -77,7 +77,8 @@ class Edit:
             raise ValueError(f"scale is {scale:g}; expected a number from {-GAIN_LIMIT:g} to {GAIN_LIMIT:g}.")
         if not 0 <= target <= len(self.targets):
             raise ValueError(
-                f"target is {target}, but the edit has {len(self.targets)}; expected 0 (all) to {len(self.targets)}."
+                f"target is {target}, but the edit has {len(self.targets)} targets; "
+                f"expected 0 (all) to {len(self.targets)}."
             )
         phrases = split_words(words)
         if not phrases:
@@ -91,7 +92,7 @@ class Edit:
         return replace(self, targets=tuple(targets))
 
     def find_in_targets(self, phrase: str, target: int = 0) -> dict[int, tuple[int, ...]]:
-        """Token positions of a phrase by index of target, in target number `target` or (0) wherever it stands.
+        """Token positions of a phrase by index of target, in target number `target` or (0) in any.
 
         Raises WordNotFound, which lists the words, if it stands in none of them.
         """

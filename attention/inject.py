@@ -24,7 +24,7 @@ class Rows:
     """Which rows of a batch are targets.
 
     target: (r,) their rows. branch: (r,) the number of each one's target, from 0.
-    origin: (b,) the row that each row takes queries and keys from: the pair's source for targets, else itself.
+    origin: (b,) the row that each row takes queries and keys from: a target's source, else the row itself.
     """
 
     target: Tensor
@@ -43,7 +43,7 @@ class Rows:
 
 
 def paired_rows(batch: int, branches: int, offsets: list[int], size: int, device: torch.device) -> Rows:
-    """Rows of a model call in which chunks of `size` rows, beginning at `offsets`, tile (source, targets ...)."""
+    """Rows of a model call whose chunks of `size` rows, from `offsets` on, tile (source, targets ...)."""
     origin = list(range(batch))
     target, branch = [], []
     for offset in offsets:
@@ -60,7 +60,7 @@ def cross_attention(
 ) -> Tensor:
     """Cross-attention with the source's maps in the target's rows.
 
-        A*_j V_t = softmax(Q_s K_s^T / sqrt(d)) [M (from_source o V_t)] + softmax(Q_t K_t^T / sqrt(d)) [own o V_t]
+        A* V_t = softmax(Q_s K_s^T / sqrt(d)) M (from_source o V_t) + softmax(Q_t K_t^T / sqrt(d)) (own o V_t)
 
     Column operations on a map commute to the values, so this is the edited map of Hertz et al. 2023
     (section 3.2: word swap, refinement, re-weighting) times V_t, in at most two ordinary attention calls.

@@ -76,7 +76,7 @@ def _cross_step(
 
 
 def _tiled_mapping(edit: Edit, target: Target, common: int, length: int) -> Tensor:
-    """M for repeated prompts: each copy of a source token gives its share, each of the target's r copies takes 1/r."""
+    """M for repeated prompts: each source copy gives its share, each of r target copies takes 1/r."""
     rows, columns = common // edit.source.prompt.length, common // target.prompt.length
     mapping = F.pad(target.mapping.repeat(rows, columns) / columns, (0, length - common, 0, length - common))
     mapping[range(common, length), range(common, length)] = 1.0

@@ -98,7 +98,8 @@ def parse_word_windows(text: str) -> tuple[tuple[str, Window], ...]:
         match = re.fullmatch(r"(.+?)\s*:\s*(?:(\d*\.?\d+)\s*-\s*)?(\d*\.?\d+)", line)
         if match is None:
             raise ValueError(
-                f'Cannot read the line "{line}"; expected "word: end" or "word: start-end", like "hat: 0.2-0.6".'
+                f'Cannot read the line "{line}"; '
+                'expected "word: end" or "word: start-end", like "hat: 0.2-0.6".'
             )
         try:
             windows.append((match[1], Window(float(match[2] or 0.0), float(match[3]))))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io
 
 from ..attention.edit import Edit
@@ -23,7 +25,7 @@ class TauScheduler(io.ComfyNode):
             node_id="P2PTauScheduler",
             display_name="\N{GREEK SMALL LETTER TAU} Scheduler",
             category=CATEGORY,
-            description="In which part of the run the source's attention is injected: more is more faithful, less is freer.",
+            description="When the source's attention is injected: longer is more faithful, shorter is freer.",
             inputs=[
                 _fraction(
                     "cross_start",
@@ -49,13 +51,15 @@ class TauScheduler(io.ComfyNode):
                 _fraction(
                     "self_resolution",
                     0.5,
-                    "Self-attention is injected in layers whose grid's largest side is at most this fraction of the latent's.",
+                    "Self-attention is injected in layers of at most this fraction of the latent's sides: "
+                    "0.5 leaves the finest layers free.",
                 ),
                 io.String.Input(
                     "words",
                     default="",
                     multiline=True,
-                    tooltip="Windows for single words or phrases of the target, one per line: 'hat: 0.3' or 'red hair: 0.1-0.6'.",
+                    tooltip="Cross-attention windows for words or phrases of the target, one per line: "
+                    "'hat: 0.3' or 'red hair: 0.1-0.6'.",
                 ),
             ],
             outputs=[TauIO.Output("tau")],
@@ -109,8 +113,8 @@ class AttentionController(io.ComfyNode):
             node_id="P2PAttentionController",
             display_name="Attention Controller",
             category=CATEGORY,
-            description="Patches a model so that KSampler, SamplerCustom or SamplerCustomAdvanced sample the pair. "
-            "Feed them this model, this positive and a latent from Paired Latent.",
+            description="Patches a model so that KSampler, SamplerCustom and SamplerCustomAdvanced sample "
+            "the pair: feed them this model, this positive and a latent from Paired Latent.",
             inputs=[
                 io.Model.Input(
                     "model", tooltip="SD1.x, SD2.x or SDXL, with any LoRAs and patches already on it."
@@ -125,5 +129,5 @@ class AttentionController(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, edit: Edit, tau: TauSchedule) -> io.NodeOutput:
+    def execute(cls, model: Any, edit: Edit, tau: TauSchedule) -> io.NodeOutput:
         return io.NodeOutput(*control(model, edit, tau))

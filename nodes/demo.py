@@ -17,8 +17,8 @@ class DemoModel(io.ComfyNode):
             node_id="P2PDemoModel",
             display_name="Load Demo Model",
             category=CATEGORY,
-            description="Loads the tiny model that comes with this pack (128 x 128 px, simple scenes, runs on a CPU). "
-            "Exchange it for Load Checkpoint to use a model of your own.",
+            description="Loads the tiny model that comes with this pack: 128 x 128 px, simple scenes, fast "
+            "on a CPU. Exchange it for Load Checkpoint to use a model of your own.",
             outputs=[io.Model.Output("model"), io.Clip.Output("clip"), io.Vae.Output("vae")],
         )
 

@@ -14,7 +14,9 @@ from torchvision.utils import make_grid
 
 from .types import CATEGORY
 
-GAP = 4
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+GAP = 4  # px between the pictures
 
 
 class ComparisonGrid(io.ComfyNode):
@@ -59,15 +61,14 @@ def comparison_grid(images: Tensor, labels: list[str], columns: int) -> Tensor:
             f"There are {len(labels)} labels for {count} images in {columns} columns; "
             f"expected one line for each image ({count}), one for each column ({columns}), or none."
         )
-    if labels:
-        captions = _captions(
-            labels + [""] * (count - len(labels)) if len(labels) < count else labels, images.shape[2]
-        )
-        rows = [slice(first, first + columns) for first in range(0, count, columns)]
-        images = images[..., :3].to("cpu", torch.float32)
-        strips = [_row(images[row], captions[row]) for row in rows]
-        return torch.cat(strips, dim=1)
-    return _row_grid(images[..., :3].to("cpu", torch.float32), columns)
+    if 0 < len(labels) < count:
+        labels = labels + [""] * (count - len(labels))
+    captions = _captions(labels or [""] * count, images.shape[2])
+    missing = -count % columns
+    cells = torch.cat([images[..., :3].to("cpu", torch.float32), torch.ones(missing, *images.shape[1:3], 3)])
+    captions += [None] * missing
+    rows = [slice(first, first + columns) for first in range(0, len(captions), columns)]
+    return torch.cat([_row(cells[row], captions[row]) for row in rows], dim=1)
 
 
 def _row(images: Tensor, captions: list[Image.Image | None]) -> Tensor:
@@ -79,11 +80,7 @@ def _row(images: Tensor, captions: list[Image.Image | None]) -> Tensor:
         if caption:
             head[-caption.height :] = torch.from_numpy(np.asarray(caption, np.float32) / 255.0)
         cells.append(torch.cat([head, image]))
-    return _row_grid(torch.stack(cells), len(cells))
-
-
-def _row_grid(images: Tensor, columns: int) -> Tensor:
-    grid = make_grid(rearrange(images, "b h w c -> b c h w"), nrow=columns, padding=GAP, pad_value=1.0)
+    grid = make_grid(rearrange(torch.stack(cells), "b h w c -> b c h w"), len(cells), GAP, pad_value=1.0)
     return rearrange(grid, "c h w -> 1 h w c")
 
 
@@ -97,7 +94,7 @@ def _captions(labels: list[str], width: int) -> list[Image.Image | None]:
     ]
 
 
-def _caption(text: str, font: ImageFont.FreeTypeFont, width: int) -> Image.Image:
+def _caption(text: str, font: Font, width: int) -> Image.Image:
     canvas = Image.new("RGB", (width, 1), "white")
     bottom = ImageDraw.Draw(canvas).multiline_textbbox((2, 2), text, font=font)[3]
     canvas = canvas.resize((width, int(bottom) + 4))

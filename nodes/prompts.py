@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io
 
 from ..attention.alignment import MODES
@@ -20,7 +22,7 @@ class PromptPair(io.ComfyNode):
             node_id="P2PPromptPair",
             display_name="Prompt Pair",
             category=CATEGORY,
-            description="Encodes a source and a target prompt and finds which words share their attention maps.",
+            description="Encodes source and target prompt and finds which words share their attention maps.",
             inputs=[
                 io.Clip.Input(
                     "clip", tooltip="The text encoder of the checkpoint (CLIP: SD1.x, SD2.x, SDXL)."
@@ -41,8 +43,8 @@ class PromptPair(io.ComfyNode):
                     "mode",
                     options=list(MODES),
                     default="auto",
-                    tooltip="swap: replaced words take the old words' maps. refine: only shared words keep the source's "
-                    "maps, all others bring their own. auto: swap where words are replaced, refine where words are added.",
+                    tooltip="swap: replaced words take the old words' maps. refine: only shared words keep "
+                    "the source's maps. auto: swap where words are replaced, refine where words are added.",
                 ),
             ],
             outputs=[EditIO.Output("pair", display_name="edit")],
@@ -56,7 +58,7 @@ class PromptPair(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(cls, clip, source: str, target: str, mode: str) -> io.NodeOutput:
+    def execute(cls, clip: Any, source: str, target: str, mode: str) -> io.NodeOutput:
         edit = start_edit(clip, source, target, mode)
         return io.NodeOutput(edit, ui={"text": (edit.describe(),)})
 
@@ -70,12 +72,12 @@ class TokenReweight(io.ComfyNode):
             node_id="P2PTokenReweight",
             display_name="Token Reweight",
             category=CATEGORY,
-            description="Strengthens, weakens or inverts words of the target by scaling their cross-attention maps.",
+            description="Strengthens, weakens or inverts words of the target: scales their attention maps.",
             inputs=[
                 EditIO.Input("edit"),
                 io.String.Input(
                     "words",
-                    tooltip="Words or phrases of the target prompt, separated by commas; word#2 is its second occurrence.",
+                    tooltip="Words or phrases of the target, separated by commas; word#2 is the second one.",
                 ),
                 io.Float.Input(
                     "scale",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import comfy.samplers
 from comfy_api.latest import io
+from torch import Tensor
 
 from ..attention.edit import Edit
 from ..attention.schedule import TauSchedule
@@ -21,7 +24,7 @@ class PairedLatent(io.ComfyNode):
             node_id="P2PPairedLatent",
             display_name="Paired Latent",
             category=CATEGORY,
-            description="Repeats each latent once per branch (source, targets), all starting from the same noise.",
+            description="Repeats each latent for source and targets, which then start from the same noise.",
             inputs=[io.Latent.Input("latent"), EditIO.Input("edit")],
             outputs=[io.Latent.Output("paired", display_name="latent")],
         )
@@ -40,8 +43,8 @@ class PairedSampler(io.ComfyNode):
             node_id="P2PSampler",
             display_name="Paired Sampler",
             category=CATEGORY,
-            description="Denoises source and targets side by side from the same noise, the source's attention injected "
-            "into the targets. Takes plain latents; a batch gives one pair per item.",
+            description="Denoises source and targets side by side from the same noise, injecting the "
+            "source's attention into the targets. Takes plain latents; a batch gives one pair per item.",
             inputs=[
                 io.Model.Input(
                     "model", tooltip="SD1.x, SD2.x or SDXL, with any LoRAs and patches already on it."
@@ -95,17 +98,17 @@ class PairedSampler(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model,
+        model: Any,
         edit: Edit,
         tau: TauSchedule,
-        negative,
-        latent,
-        seed,
-        steps,
-        cfg,
-        sampler_name,
-        scheduler,
-        denoise,
+        negative: list,
+        latent: dict,
+        seed: int,
+        steps: int,
+        cfg: float,
+        sampler_name: str,
+        scheduler: str,
+        denoise: float,
     ) -> io.NodeOutput:
         return io.NodeOutput(
             *sample_pairs(
@@ -129,6 +132,6 @@ class SplitBranches(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, images, edit: Edit) -> io.NodeOutput:
+    def execute(cls, images: Tensor, edit: Edit) -> io.NodeOutput:
         check_rows(images.shape[0], edit.branches, "The image batch")
         return io.NodeOutput(*split_rows(images, edit.branches))

@@ -72,9 +72,9 @@ class Controller:
         latent_image: Tensor,
         sampler: Any,
         sigmas: Tensor,
-        *args,
-        **kwargs,
-    ):
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
         """Begin the run: check the batch, tie the pair's initial noise; drop the run's state at the end."""
         check_rows(noise.shape[0], self.edit.branches, "The latent")
         options = executor.class_obj.model_options.setdefault("transformer_options", {})
@@ -94,9 +94,9 @@ class Controller:
         extra_args: dict,
         callback: Any,
         noise: Tensor,
-        *args,
-        **kwargs,
-    ):
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
         """Find the pair's conditioning, and give the sampler one noise per pair for its stochastic steps."""
         run = _run(extra_args["model_options"])
         if run is not None:
@@ -124,7 +124,7 @@ class Controller:
         return tied_noise_sampler(function, noise, self.edit.branches, sigmas, extra_args.get("seed"))
 
     def _own_conditionings(self, conds: Mapping[str, list[dict]]) -> dict[uuid.UUID, int]:
-        """The entries of this run's conditionings that are the pair's own, by uuid, with their lengths in tokens.
+        """The entries of this run's conditionings that are the pair's own: uuid -> length in tokens.
 
         For prompts with areas the host copies an entry's options, mark and uuid included, onto the tensors of
         another prompt. Such copies lose the mark and get a uuid of their own.
@@ -143,18 +143,18 @@ class Controller:
                     entries[n] = {k: v for k, v in entry.items() if k != KEY} | {"uuid": uuid.uuid4()}
                 elif name == "negative":
                     raise ValueError(
-                        "The Attention Controller's positive conditioning is connected to the sampler's negative input."
+                        "The Attention Controller's positive conditioning is connected to a negative input."
                     )
                 else:
                     own[entry["uuid"]] = used.cond.shape[1]
         if not own:
             raise ValueError(
-                "The model comes from an Attention Controller, but the sampler's positive conditioning does not. "
-                "Connect that controller's positive output, or sample with the model from before the controller."
+                "The model comes from an Attention Controller, but the positive conditioning does not. "
+                "Connect that controller's positive output, or use the model from before the controller."
             )
         return own
 
-    def predict_noise(self, executor: Any, *args, **kwargs):
+    def predict_noise(self, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Note that a new prediction begins; only its first pass over the pair's conditioning is edited."""
         run = _run(executor.class_obj.model_options)
         if run is not None:
@@ -163,8 +163,8 @@ class Controller:
 
     def calc_cond_batch(
         self, executor: Any, model: Any, conds: list, x_in: Tensor, timestep: Tensor, model_options: dict
-    ):
-        """Open the model for injection while the pair's own prediction is computed, and not for other passes."""
+    ) -> list[Tensor]:
+        """Open the model for injection while the pair's own prediction is computed; not for other passes."""
         run = _run(model_options)
         if (
             run is None
@@ -187,8 +187,8 @@ class Controller:
         y: Any,
         control: Any,
         transformer_options: dict,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> Tensor:
         """Once per forward: the step, the pair's rows, and replacements for the attention of each block."""
         replaced = self._replacements(x, transformer_options)
         if replaced:
@@ -308,7 +308,8 @@ def cross_attention_blocks(diffusion_model: torch.nn.Module) -> tuple[BlockKey, 
                         blocks += [(name, number, depth) for depth in range(len(layer.transformer_blocks))]
     if not blocks:
         raise ValueError(
-            f"The model's class {type(diffusion_model).__name__} is not supported; Prompt-to-Prompt works on {SUPPORTED}."
+            f"The model's class {type(diffusion_model).__name__} is not supported; "
+            f"Prompt-to-Prompt works on {SUPPORTED}."
         )
     return tuple(blocks)
 
@@ -322,6 +323,6 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _grid_fraction(tokens: int, x: Tensor) -> float:
-    """Largest side of a layer's grid of `tokens` as a fraction of the latent's, from the layer's downsampling."""
+    """Sides of a layer's grid of `tokens` as a fraction of the latent's, from the layer's downsampling."""
     factor = round((x.shape[-2] * x.shape[-1] / tokens) ** 0.5)
     return 1.0 / max(factor, 1)

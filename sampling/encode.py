@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from ..attention.alignment import Mode
 from ..attention.edit import Edit, Source
 from ..attention.prompt import WORD_END, Prompt, read_prompt
 
@@ -31,12 +30,12 @@ def encode(clip: Any, text: str, role: str) -> tuple[Prompt, list]:
     return prompt, clip.encode_from_tokens_scheduled(tokens)
 
 
-def start_edit(clip: Any, source: str, target: str, mode: Mode) -> Edit:
+def start_edit(clip: Any, source: str, target: str, mode: str) -> Edit:
     """An edit of one source and one target prompt."""
     return add_target(clip, Edit(Source(*encode(clip, source, "source"))), target, mode)
 
 
-def add_target(clip: Any, edit: Edit, target: str, mode: Mode) -> Edit:
+def add_target(clip: Any, edit: Edit, target: str, mode: str) -> Edit:
     """The edit with one more target."""
     prompt, conditioning = encode(clip, target, "target")
     return edit.with_target(prompt, mode, conditioning)

@@ -28,7 +28,7 @@ def _has_noise_sampler(value: Any) -> bool:
 def tied_noise_sampler(
     function: Callable, noise: Tensor, branches: int, sigmas: Tensor, seed: int | None
 ) -> NoiseSampler:
-    """The noise sampler that `function` would make for the sources alone, its draws repeated over the branches.
+    """The noise sampler that `function` would make for the sources alone, repeated over the branches.
 
     So a source gets the noise of a plain run of the sources, and each target gets its source's.
 
@@ -49,7 +49,7 @@ def tied_noise_sampler(
 
 
 def _uses(function: Callable, seen: frozenset = frozenset()) -> Iterator[Any]:
-    """What a sampler function refers to by name, and the sampler functions that it hands its noise sampler to."""
+    """What a sampler function, and those that it hands its noise sampler to, refer to by name."""
     function = inspect.unwrap(function)
     code = getattr(function, "__code__", None)
     if code is None or code in seen:
@@ -57,5 +57,5 @@ def _uses(function: Callable, seen: frozenset = frozenset()) -> Iterator[Any]:
     for name in code.co_names:
         value = function.__globals__.get(name, getattr(k_diffusion, name, None))
         yield value
-        if _has_noise_sampler(value):
+        if value is not None and _has_noise_sampler(value):
             yield from _uses(value, seen | {code})

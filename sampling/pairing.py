@@ -46,7 +46,7 @@ def _pair_entry(entries: tuple, length: int, mark: str) -> list:
 
 
 def paired_latent(latent: dict, branches: int) -> dict:
-    """Repeat each item of a LATENT once per branch, with tied `batch_index`, so that a pair starts from one noise."""
+    """Repeat each item of a LATENT once per branch, with tied `batch_index`: a pair starts from one noise."""
     samples = latent["samples"]
     items = samples.shape[0]
     index = latent.get("batch_index", range(items))
