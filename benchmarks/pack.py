@@ -1,0 +1,32 @@
+"""Loads the pack and its host for a script outside of ComfyUI."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+
+
+def load_pack() -> None:
+    """Import the pack as `p2p` and the host that it finds, which then reads no command line of ours."""
+    spec = importlib.util.spec_from_file_location(
+        "p2p", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+    )
+    assert spec is not None and spec.loader is not None
+    sys.modules["p2p"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    from p2p.tools.env import find_host
+
+    sys.path.insert(0, str(find_host()))
+    import torch
+
+    sys.argv = sys.argv[:1] + (
+        [] if torch.cuda.is_available() else ["--cpu", "--use-pytorch-cross-attention"]
+    )
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    import comfy.cli_args  # noqa: F401  (reads sys.argv as it is imported)
