@@ -36,8 +36,10 @@ load_pack()
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[Any]:
-    """A real ComfyUI server in a process of its own, with this pack, on the CPU."""
+    """A real ComfyUI server in a process of its own, on the CPU: this pack, and a pack of the tests."""
     from p2p.tools.server import running_server
 
-    with running_server(cpu=True) as running:
+    with running_server(
+        cpu=True, more_packs={"models_pack": ROOT / "tests" / "server" / "models_pack"}
+    ) as running:
         yield running

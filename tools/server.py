@@ -119,27 +119,24 @@ def free_port(preferred: int = 0) -> int:
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONUNBUFFERED": "1"}
 
 
-def prepare(folder: Path, host: Path, pack: Path) -> list[str]:
+def prepare(folder: Path, host: Path, packs: dict[str, Path]) -> list[str]:
     """Lays out a base directory and returns the arguments that keep the server inside it."""
     for name in ("custom_nodes", "input", "temp", "user/default", "models"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    link = folder / "custom_nodes" / PACK
-    link.unlink(missing_ok=True)
-    link.symlink_to(pack, target_is_directory=True)
+    for name, source in packs.items():
+        link = folder / "custom_nodes" / name
+        link.unlink(missing_ok=True)
+        link.symlink_to(source, target_is_directory=True)
     arguments = [
-        "--base-directory",
-        str(folder),
-        "--user-directory",
-        str(folder / "user"),
-        "--database-url",
-        f"sqlite:///{folder / 'user' / 'comfyui.db'}",
-        "--disable-all-custom-nodes",
-        "--whitelist-custom-nodes",
-        PACK,
+        f"--base-directory={folder}",
+        f"--user-directory={folder / 'user'}",
+        f"--database-url=sqlite:///{folder / 'user' / 'comfyui.db'}",
+        "--preview-method=auto",
         "--disable-api-nodes",
         "--disable-auto-launch",
-        "--preview-method",
-        "auto",
+        "--disable-all-custom-nodes",
+        "--whitelist-custom-nodes",
+        *packs,
     ]
     models = sorted(path.name for path in (host / "models").glob("*/"))
     if models:
@@ -159,20 +156,20 @@ def running_server(
     output: Path | None = None,
     cpu: bool | None = None,
     echo: bool = False,
-    pack: Path = ROOT,
+    more_packs: dict[str, Path] | None = None,
 ) -> Iterator[Server]:
     """Starts the server, yields it when it answers, stops it.
 
     `folder` keeps its files between runs (a temporary one by default), `output` takes the saved pictures,
-    `cpu=None` means: only without a GPU. Raises ServerError with the log's end if it does not start, or if
-    it starts without this pack.
+    `cpu=None` means: only without a GPU; `more_packs` (name: folder) are loaded beside this one. Raises
+    ServerError with the log's end if it does not start, or if it starts without this pack.
     """
     host = find_host()
     if not is_host(host):
         raise ServerError(f"no ComfyUI in {host}: run `make env` first")
     with tempfile.TemporaryDirectory(prefix="p2p-server-") as scratch:
         folder = (folder or Path(scratch)).resolve()
-        arguments = prepare(folder, host, pack)
+        arguments = prepare(folder, host, {PACK: ROOT, **(more_packs or {})})
         output = (output or folder / "output").resolve()
         output.mkdir(parents=True, exist_ok=True)
         number = free_port(port)

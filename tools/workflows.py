@@ -28,6 +28,8 @@ LETTER = 14.0  # width of a letter in a group's title
 PROMPT_SIZE = (400.0, 330.0)  # room for two prompts and the alignment that a run shows below them
 NEGATIVE_SIZE = (400.0, 100.0)
 PICTURE_SIZE = (620.0, 460.0)
+SAMPLER_SIZE = (300.0, 0.0)
+PREVIEW = 240.0  # height of the preview that a sampler shows while it runs
 
 MODEL, CLIP, VAE = range(3)  # outputs of the model loaders
 SOURCE, TARGETS = range(2)  # outputs of Paired Sampler and Split Branches
@@ -42,6 +44,7 @@ class Node:
     widgets: dict[str, Any] = field(default_factory=dict)
     title: str | None = None
     size: tuple[float, float] = (0.0, 0.0)  # at least
+    room: float = 0.0  # height left free for what a run shows in the node
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,8 @@ def sampler(seed: int, edit: str = "prompts", schedule: str = "tau", title: str 
         },
         {"seed": seed, "control_after_generate": "fixed", **SETTINGS},
         title=title,
+        size=SAMPLER_SIZE,
+        room=PREVIEW,
     )
 
 
@@ -191,6 +196,8 @@ def refinement() -> Workflow:
                 "latent_image": ("pair", 0),
             },
             {"seed": 1, "control_after_generate": "fixed", "denoise": 1.0, **SETTINGS},
+            size=SAMPLER_SIZE,
+            room=PREVIEW,
         ),
         "decode": Node("VAEDecode", {"samples": ("sample", 0), "vae": ("model", VAE)}),
         "split": Node("P2PSplitBranches", {"images": ("decode", 0), "edit": ("prompts", 0)}),
@@ -310,7 +317,8 @@ BUILD = """([nodes, id]) => {
     }
   return Object.fromEntries(Object.entries(made).map(([key, node]) => {
     const [width, height] = node.computeSize();
-    const size = [Math.max(width, node.size[0], nodes[key].size[0]), Math.max(height, nodes[key].size[1])];
+    const {size: [atLeast, high], room} = nodes[key];
+    const size = [Math.max(width, node.size[0], atLeast), Math.max(height, high) + room];
     return [key, {id: node.id, size}];
   }));
 }"""
@@ -375,13 +383,21 @@ def build(editor: Editor, name: str) -> dict[str, Any]:
     if placed != set(workflow.nodes):
         raise ValueError(f"workflow {name}: not laid out: {sorted(set(workflow.nodes) ^ placed)}")
     described = {
-        key: {"type": n.type, "links": n.links, "widgets": n.widgets, "title": n.title, "size": n.size}
+        key: {
+            "type": n.type,
+            "links": n.links,
+            "widgets": n.widgets,
+            "title": n.title,
+            "size": n.size,
+            "room": n.room,
+        }
         for key, n in workflow.nodes.items()
     }
     identity = str(uuid.uuid5(uuid.NAMESPACE_OID, f"{PACK}/{name}"))  # the same file from every build
     nodes = editor.page.evaluate(BUILD, [described, identity])
     groups = place(workflow, nodes)
     editor.page.evaluate(PLACE, [nodes, groups])
+    editor.load(editor.workflow(), name)  # so that opening and saving it again changes nothing
     return editor.workflow()
 
 

@@ -1,0 +1,113 @@
+"""The shared workflows on ComfyUI's own page, in Chromium, as `make demo` and a user run them."""
+
+import io
+import json
+
+import pytest
+from p2p.tests.conftest import ROOT
+from p2p.tools.browser import open_editor
+from p2p.tools.server import PACK, ServerError
+from PIL import Image
+
+WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+every_workflow = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+
+OVERLAPS = """() => {
+  const nodes = window.app.graph.nodes, found = [];
+  for (const a of nodes) for (const b of nodes) {
+    const [p, q] = [a.getBounding(), b.getBounding()];
+    if (a.id < b.id && p[0] < q[0] + q[2] && q[0] < p[0] + p[2] && p[1] < q[1] + q[3] && q[1] < p[1] + p[3])
+      found.push(`${a.title} and ${b.title}`);
+  }
+  return found;
+}"""
+
+
+@pytest.fixture(scope="module")
+def editor(server):
+    with open_editor(server) as editor:
+        yield editor
+
+
+def graph(workflow):
+    """A workflow's nodes with their values, its links and its groups, but not where the view stands."""
+    nodes = {
+        node["id"]: (node["type"], node.get("title"), node["pos"], node["size"], node.get("widgets_values"))
+        for node in workflow["nodes"]
+    }
+    groups = [(group["title"], group["bounding"]) for group in workflow["groups"]]
+    return nodes, sorted(workflow["links"]), groups
+
+
+@every_workflow
+def test_a_workflow_runs_and_leaves_a_picture(editor, path):
+    editor.console.clear()
+    editor.load(json.loads(path.read_text()), path.stem)
+    images = editor.server.images(editor.run())
+    assert images
+    for _, content in images:
+        pixels = Image.open(io.BytesIO(content)).convert("L").getextrema()
+        assert pixels[0] < pixels[1], "the picture is one flat colour"
+    assert editor.console == []
+
+
+@every_workflow
+def test_what_a_run_shows_covers_no_other_node(editor, path):
+    editor.load(json.loads(path.read_text()), path.stem)
+    editor.run()
+    editor.page.wait_for_timeout(500)
+    assert editor.page.evaluate(OVERLAPS) == []
+
+
+@every_workflow
+def test_saving_what_was_opened_gives_the_same_workflow(editor, path):
+    workflow = json.loads(path.read_text())
+    editor.load(workflow, path.stem)
+    assert graph(editor.workflow()) == graph(workflow)
+
+
+def test_a_template_opens_by_its_address_and_runs_by_its_button(editor):
+    editor.console.clear()
+    editor.open(f"?template=word_swap&source={PACK}")
+    expected = json.loads((ROOT / "workflows" / "word_swap.json").read_text())
+    editor.page.wait_for_function("(id) => window.app.graph.id === id", arg=expected["id"])
+    with editor.page.expect_response(lambda answer: answer.url.endswith("/prompt")) as answer:
+        editor.page.get_by_role("button", name="Run", exact=True).click()
+    entry = editor.server.wait(answer.value.json()["prompt_id"])
+    assert entry["status"]["status_str"] == "success"
+    assert editor.console == []
+
+
+def test_reloading_the_page_keeps_everything(editor):
+    editor.load(json.loads((ROOT / "workflows" / "reweighting.json").read_text()), "reweighting")
+    editor.page.evaluate(
+        """() => {
+          const node = window.app.graph.findNodesByType('P2PTokenReweight')[0];
+          node.widgets.find((widget) => widget.name === 'scale').value = -1.5;
+          window.app.extensionManager.workflow.activeWorkflow?.changeTracker?.checkState();
+        }"""
+    )
+    before = graph(editor.workflow())
+    editor.page.wait_for_timeout(1000)
+    editor.page.reload()
+    editor.await_ready()
+    editor.page.wait_for_function("() => window.app.graph.findNodesByType('P2PTokenReweight').length > 0")
+    assert graph(editor.workflow()) == before
+
+
+def test_a_failing_node_is_reported_with_its_message(editor):
+    workflow = json.loads((ROOT / "workflows" / "reweighting.json").read_text())
+    next(node for node in workflow["nodes"] if node["type"] == "P2PTokenReweight")["widgets_values"][0] = (
+        "dog"
+    )
+    editor.load(workflow, "broken")
+    with pytest.raises(ServerError, match="P2PTokenReweight.*dog.*castle"):
+        editor.run()
+
+
+def test_a_rejected_graph_is_reported_with_its_reason(editor):
+    workflow = json.loads((ROOT / "workflows" / "word_swap.json").read_text())
+    next(node for node in workflow["nodes"] if node["type"] == "P2PPromptPair")["widgets_values"][1] = " "
+    editor.load(workflow, "broken")
+    with pytest.raises(ServerError, match="P2PPromptPair.*empty"):
+        editor.run()
