@@ -124,7 +124,7 @@ def coefficients(target: Target, weights: Tensor) -> tuple[Tensor, Tensor]:
     own attention is untouched, its gain included. Source: Hertz et al. 2023, equations of section 3.2 and the
     blend of `alpha_words` in the authors' code.
 
-    Returns (from_source, own), each (t,) float32.
+    Returns (from_source, own), each (t,) in the dtype of weights.
     """
     from_source = weights * target.gain * target.inherits
     own = weights * target.gain * (1.0 - target.inherits) + (1.0 - weights)

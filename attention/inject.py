@@ -98,12 +98,16 @@ def self_attention(
 
         weight softmax(Q_s K_s^T / sqrt(d)) V_t + (1 - weight) softmax(Q_t K_t^T / sqrt(d)) V_t
 
+    Tiled attention, in which another node split each row of q (or of all three) into consecutive parts, takes
+    the matching parts of the source. Arguments as in `cross_attention`; weight in (0, 1].
     Source: Hertz et al. 2023, section 4 (self-attention injection); Tumanyan et al. 2023, section 4.
-    Arguments as in `cross_attention`; weight in (0, 1].
     """
-    out = attend(q.index_select(0, rows.origin), k.index_select(0, rows.origin), v)
+    queries, keys = (rows.expand(x.shape[0] // rows.origin.shape[0]) for x in (q, k))
+    out = attend(q.index_select(0, queries.origin), k.index_select(0, keys.origin), v)
     if weight >= 1.0:
         return out
-    target = rows.target
-    rest = attend_own(q.index_select(0, target), k.index_select(0, target), v.index_select(0, target))
-    return out.index_copy(0, target, torch.lerp(rest, out.index_select(0, target), weight))
+    own = attend_own(
+        q.index_select(0, queries.target), k.index_select(0, keys.target), v.index_select(0, keys.target)
+    )
+    edited = torch.lerp(own, out.index_select(0, queries.target), weight)
+    return out.index_copy(0, queries.target, edited)

@@ -71,14 +71,15 @@ def _cross_step(
 ) -> CrossStep | None:
     if not from_source.any() and (own == 1.0).all():
         return None
-    moved = (mapping * from_source[:, None, :]).to(device, dtype) if from_source.any() else None
-    return CrossStep(moved, own.to(device, dtype) if own.any() else None)
+    moved = (mapping * from_source[:, None, :]).to(dtype).to(device) if from_source.any() else None
+    return CrossStep(moved, own.to(dtype).to(device) if own.any() else None)
 
 
 def _tiled_mapping(edit: Edit, target: Target, common: int, length: int) -> Tensor:
     """M for repeated prompts: each source copy gives its share, each of r target copies takes 1/r."""
     rows, columns = common // edit.source.prompt.length, common // target.prompt.length
-    mapping = F.pad(target.mapping.repeat(rows, columns) / columns, (0, length - common, 0, length - common))
+    tiled = target.mapping.double().repeat(rows, columns) / columns
+    mapping = F.pad(tiled, (0, length - common, 0, length - common))
     mapping[range(common, length), range(common, length)] = 1.0
     return mapping
 

@@ -76,8 +76,10 @@ class TauSchedule:
             edit.find_in_targets(word)
 
     def cross_weights(self, target: Target, progress: float) -> Tensor:
-        """Weight of the cross-attention window for each token of the target, (t,) float32 from 0 to 1."""
-        weights = torch.full((target.prompt.length,), self.cross.weight(progress, self.fade))
+        """Weight of the cross-attention window for each token of the target, (t,) float64 from 0 to 1."""
+        weights = torch.full(
+            (target.prompt.length,), self.cross.weight(progress, self.fade), dtype=torch.float64
+        )
         for word, window in self.words:
             if target.prompt.contains(word):
                 weights[list(target.prompt.find(word))] = window.weight(progress, self.fade)
