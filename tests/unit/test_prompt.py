@@ -1,0 +1,151 @@
+"""Words and tokens: what `read_prompt` makes of the vocabulary's pieces, and what `find` finds."""
+
+from __future__ import annotations
+
+import pytest
+from p2p.attention.prompt import END, START, Word, WordNotFound, read_prompt, split_words
+from p2p.tests.prompts import pieces_of, prompt_of
+
+
+def spelled(text: str) -> str:
+    """Text as CLIP's vocabulary spells its bytes (GPT-2's table of printable stand-ins)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [byte for byte in range(256) if byte not in printable]
+    table = {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(rest)}
+    return "".join(table[byte] for byte in text.encode())
+
+
+def test_a_word_is_all_pieces_up_to_the_one_that_ends_it():
+    prompt = prompt_of("a bi|cy|cle ,")
+    assert prompt.words == (Word("a", (1,)), Word("bicycle", (2, 3, 4)), Word(",", (5,)))
+
+
+def test_length_counts_start_end_and_padding():
+    prompt = prompt_of("a cat")
+    assert prompt.length == 77
+    (chunk,) = prompt.chunks
+    assert (chunk.start, chunk.end, chunk.stop) == (0, 3, 77)
+
+
+def test_tokens_of_later_chunks_are_positions_in_the_whole_conditioning():
+    prompt = prompt_of("a b c d e f g", window=5)
+    assert [(chunk.start, chunk.end, chunk.stop) for chunk in prompt.chunks] == [
+        (0, 4, 5),
+        (5, 9, 10),
+        (10, 12, 15),
+    ]
+    assert [word.tokens for word in prompt.words] == [(1,), (2,), (3,), (6,), (7,), (8,), (11,)]
+    assert prompt.length == 15
+
+
+def test_a_word_runs_on_over_the_border_of_a_chunk():
+    prompt = prompt_of("a b bi|cy|cle x", window=5)
+    assert prompt.words[2] == Word("bicycle", (3, 6, 7))
+    assert prompt.words[3] == Word("x", (8,))
+
+
+def test_a_chunk_filled_to_the_brim_has_no_padding():
+    prompt = prompt_of(" ".join("abc"), window=5)
+    assert (prompt.chunks[0].end, prompt.chunks[0].stop) == (4, 5)
+
+
+def test_padding_other_than_the_end_token_is_padding_too():
+    prompt = read_prompt("cat", [[START, "cat</w>", END, "!</w>", "!</w>"]])
+    assert [word.text for word in prompt.words] == ["cat"]
+    assert prompt.chunks[0].end == 2
+
+
+def test_an_unfinished_word_at_the_end_is_kept():
+    assert read_prompt("bi", [[START, "a</w>", "bi", END]]).words[-1] == Word("bi", (2,))
+
+
+@pytest.mark.parametrize("text", ["café", "naïve", "🎉", "猫", "straße", "don't", "½"])
+def test_words_are_read_as_people_write_them(text):
+    prompt = read_prompt(text, [[START, spelled(text) + "</w>", END]])
+    assert prompt.words[0].text == text
+
+
+@pytest.mark.parametrize("text", ["café", "🎉", "猫"])
+def test_a_letter_whose_bytes_are_spread_over_pieces_is_put_together(text):
+    letters = spelled(text)
+    prompt = read_prompt(text, [[START, *letters[:-1], letters[-1] + "</w>", END]])
+    assert prompt.words[0] == Word(text, tuple(range(1, len(letters) + 1)))
+
+
+@pytest.mark.parametrize(
+    "pieces", [[[]], [["cat</w>", END]], [[START, "cat</w>"]], [[START, "a</w>", END], ["b</w>", END]]]
+)
+def test_pieces_laid_out_otherwise_are_refused(pieces):
+    with pytest.raises(ValueError, match="chunk of tokens"):
+        read_prompt("cat", pieces)
+
+
+CAT = "a cat , and a big cat on the red bi|cycle"
+
+
+@pytest.mark.parametrize(
+    ("phrase", "tokens"),
+    [
+        ("and", (4,)),
+        ("bicycle", (11, 12)),
+        ("cat", (2, 7)),
+        ("CAT", (2, 7)),
+        ("  cat ", (2, 7)),
+        ("cat#1", (2,)),
+        ("cat#2", (7,)),
+        ("Cat # 2", (7,)),
+        ("big cat", (6, 7)),
+        ("a cat", (1, 2)),
+        ("red  bicycle", (10, 11, 12)),
+        ("cat,", (2, 3)),
+        (",", (3,)),
+        ("a#2", (5,)),
+    ],
+)
+def test_find_gives_the_tokens_of_words_phrases_and_occurrences(phrase, tokens):
+    assert prompt_of(CAT).find(phrase) == tokens
+    assert prompt_of(CAT).contains(phrase)
+
+
+@pytest.mark.parametrize(
+    "phrase", ["dog", "ca", "at", "cats", "cat on red", "bi", "cat#3", "cat#0", "dog#1", "", " ", "#1"]
+)
+def test_what_is_not_a_word_of_the_prompt_is_not_found(phrase):
+    with pytest.raises(WordNotFound):
+        prompt_of(CAT).find(phrase)
+    assert not prompt_of(CAT).contains(phrase)
+
+
+def test_a_word_that_is_not_found_is_an_error_that_lists_the_words():
+    with pytest.raises(WordNotFound) as error:
+        prompt_of("a cat , on a bi|cycle").find("dog")
+    assert '"dog"' in str(error.value)
+    assert "a, cat, ,, on, bicycle" in str(error.value)
+
+
+def test_an_occurrence_that_is_not_there_is_an_error_that_says_how_many_there_are():
+    with pytest.raises(WordNotFound, match="2 times"):
+        prompt_of(CAT).find("cat#3")
+
+
+def test_a_number_sign_in_the_prompt_is_a_word_like_others():
+    assert prompt_of("cat # 2 cat").find("cat #2") == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "entries"),
+    [
+        ("cat", ["cat"]),
+        ("cat, red hat", ["cat", "red hat"]),
+        ("cat\n dog ,, ", ["cat", "dog"]),
+        (" ,\n", []),
+        ("", []),
+    ],
+)
+def test_entries_of_a_widget_are_apart_by_commas_or_lines(text, entries):
+    assert split_words(text) == entries
+
+
+def test_hand_made_prompts_have_the_layout_of_the_host():
+    (window,) = pieces_of("a bi|cycle")
+    assert window[:5] == [START, "a</w>", "bi", "cycle</w>", END] and len(window) == 77
