@@ -236,7 +236,7 @@ class Controller:
                 parts = q.shape[0] // x.shape[0]
                 if _grid_fraction(q.shape[1] * parts, x) > cap:
                     return attend(q, k, v)
-                return self_attention(attend, attend_own, q, k, v, rows.expand(parts), weight)
+                return self_attention(attend, attend_own, q, k, v, rows, weight)
 
             self._replace(replaced, "attn1", inject)
         return replaced

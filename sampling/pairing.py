@@ -22,7 +22,7 @@ def paired_conditioning(edit: Edit, mark: str) -> list:
     Prompts of different lengths are repeated to their common multiple, which leaves attention as it is; the
     host does the same for prompt and negative prompt.
 
-    Raises ValueError if the prompts were encoded into different numbers of entries (different text encoders).
+    Raises ValueError if the prompts were encoded into different numbers or shapes of entries.
     """
     branches = [edit.source.conditioning, *(target.conditioning for target in edit.targets)]
     if len({len(entries) for entries in branches}) != 1:
@@ -40,8 +40,11 @@ def _pair_entry(entries: tuple, length: int, mark: str) -> list:
     options: dict[str, Any] = dict(entries[0][1])
     for name in [name for name, value in options.items() if torch.is_tensor(value)]:
         values = [other.get(name) for _, other in entries]
-        if all(torch.is_tensor(value) and value.shape == values[0].shape for value in values):
-            options[name] = torch.cat(values)
+        if not all(torch.is_tensor(value) and value.shape == values[0].shape for value in values):
+            raise ValueError(
+                f"Source and targets were encoded into different shapes of {name}; use the same CLIP for all."
+            )
+        options[name] = torch.cat(values)
     return [cond, {**options, KEY: mark}]
 
 

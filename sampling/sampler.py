@@ -30,7 +30,10 @@ def sample_pairs(
     scheduler: str,
     denoise: float,
 ) -> tuple[dict, dict]:
-    """Sample every item of an unpaired LATENT as a pair. Returns the sources' and the targets' LATENTs."""
+    """Sample every item of an unpaired LATENT as a pair.
+
+    Returns the sources' LATENT, item by item, and the targets', all targets of an item in a row.
+    """
     patched, positive = control(model, edit, tau)
     paired = paired_latent(latent, edit.branches)
     image = comfy.sample.fix_empty_latent_channels(patched, paired["samples"])
@@ -51,7 +54,10 @@ def sample_pairs(
         seed=seed,
     )
     sources, targets = split_rows(samples, edit.branches)
-    return ({"samples": sources}, {"samples": targets})
+    return (
+        {**latent, "samples": sources},
+        {**paired_latent(latent, len(edit.targets)), "samples": targets},
+    )
 
 
 def preview_callback(model: Any, steps: int, branches: int) -> Callable:
