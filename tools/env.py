@@ -60,10 +60,8 @@ def find_host() -> Path:
                 "and comfy/. Correct it, or unset it to use a copy made for this checkout."
             )
         return folder
-    # Not resolved: a checkout that is linked into custom_nodes counts as sitting there.
-    for here in (Path(__file__).absolute().parent.parent, ROOT):
-        if here.parent.name == "custom_nodes" and is_host(here.parent.parent):
-            return here.parent.parent
+    if ROOT.parent.name == "custom_nodes" and is_host(ROOT.parent.parent):
+        return ROOT.parent.parent
     return HOST_COPY
 
 
