@@ -151,11 +151,11 @@ def word_swap() -> Workflow:
             "other words in the target prompt; *cross_end* lower for more freedom, higher for more of the "
             "source.",
         ),
-        **common(batch=4),
+        **common(batch=3),
         "prompts": prompts("a cat riding a bicycle", "a cat riding a car"),
         "tau": tau(),
         "sample": sampler(seed=1),
-        **ending("word_swap", [("sample", SOURCE), ("sample", TARGETS)], [], columns=4),
+        **ending("word_swap", [("sample", SOURCE), ("sample", TARGETS)], [], columns=3),
     }
     return Workflow(
         nodes,
@@ -179,7 +179,7 @@ def refinement() -> Workflow:
             "*cross_end* and *self_end* lower: more drawing, less of this castle. Another sampler in "
             "*KSampler*.",
         ),
-        **common(batch=4),
+        **common(batch=3),
         "prompts": prompts("a castle", "children drawing of a castle", "refine"),
         "tau": tau(),
         "control": Node(
@@ -202,7 +202,7 @@ def refinement() -> Workflow:
         "decode": Node("VAEDecode", {"samples": ("sample", 0), "vae": ("model", VAE)}),
         "split": Node("P2PSplitBranches", {"images": ("decode", 0), "edit": ("prompts", 0)}),
         "join": Node("ImageBatch", {"image1": ("split", SOURCE), "image2": ("split", TARGETS)}),
-        "grid": Node("P2PComparisonGrid", {"images": ("join", 0)}, {"columns": 4}),
+        "grid": Node("P2PComparisonGrid", {"images": ("join", 0)}, {"columns": 3}),
         "save": saved("refinement"),
     }
     return Workflow(
@@ -243,7 +243,7 @@ def reweighting() -> Workflow:
         nodes[f"sample{c}"] = sampler(1, f"reweight{c}", title=f"Paired Sampler, c = {c}")
         rows.append(Group(f"snowy at c = {c}", [[f"reweight{c}"], [f"sample{c}"]], "#88A"))
     latents = [("sample-2", TARGETS), ("sample0", TARGETS), ("sample0", SOURCE), ("sample2", TARGETS)]
-    nodes |= ending("reweighting", latents, ["c = -2", "c = 0", "c = 1 (source)", "c = 2"], columns=4)
+    nodes |= ending("reweighting", latents, ["c = -2", "c = 0", "c = 1 (source)", "c = 2"], columns=2)
     return Workflow(
         nodes,
         [
@@ -258,12 +258,12 @@ def reweighting() -> Workflow:
 
 def tau_sweep() -> Workflow:
     """How long the source's cross-attention is kept."""
-    ends = (0.2, 0.5, 0.8, 1.0)
+    ends = (0.0, 0.2, 0.5, 0.8, 1.0)
     nodes = {
         "note": note(
             "tau: how long the source's attention is kept",
-            "The same edit four times; *cross_end* is the part of the run in which the target uses the "
-            "source's maps. Low: the new word decides. High: the source's layout does.",
+            "The same edit five times; *cross_end* is the part of the run in which the target uses the "
+            "source's maps. At 0 nothing is shared; the higher, the more of the source's layout stays.",
             "*self_end* the same way: it keeps outlines. *fade* lets a window end softly.",
         ),
         **common(batch=1),
@@ -274,16 +274,16 @@ def tau_sweep() -> Workflow:
         nodes[f"tau{end}"] = tau(end, min(end, 0.4), f"\u03c4 Scheduler, cross_end = {end}")
         nodes[f"sample{end}"] = sampler(1, schedule=f"tau{end}", title=f"Paired Sampler, cross_end = {end}")
         rows.append(Group(f"cross_end = {end}", [[f"tau{end}"], [f"sample{end}"]], "#88A"))
-    latents = [("sample0.2", SOURCE), *((f"sample{end}", TARGETS) for end in ends)]
-    nodes |= ending("tau", latents, ["source", *(f"cross_end {end}" for end in ends)], columns=5)
+    latents = [("sample0.0", SOURCE), *((f"sample{end}", TARGETS) for end in ends)]
+    nodes |= ending("tau", latents, ["source", *(f"cross_end {end}" for end in ends)], columns=3)
     return Workflow(
         nodes,
         [
             START,
             [Group("The edit", [["prompts"]], "#8A8")],
-            rows[:2],
-            rows[2:],
-            [Group("Decode", [["join1", "join2", "join3", "join4", "decode"]], "#88A")],
+            rows[:3],
+            rows[3:],
+            [Group("Decode", [["join1", "join2", "join3", "join4", "join5", "decode"]], "#88A")],
             [Group("From free to faithful", [["grid", "save"]], "#b58b2a")],
         ],
     )
