@@ -22,10 +22,10 @@ test: env  ## run all tests (ARGS="tests/unit -k swap" for some)
 	@$(VENV)/pytest $(ARGS)
 
 lint: env  ## ruff and mypy
-	@$(VENV)/ruff check .
 	@mkdir -p .cache/typecheck && ln -sfn "$(CURDIR)" .cache/typecheck/p2p  # a name that Python can import
-	@cd .cache/typecheck && "$(CURDIR)/$(VENV)/mypy" --config-file "$(CURDIR)/pyproject.toml" \
-		--cache-dir "$(CURDIR)/.mypy_cache" -p p2p
+	@failed=0; $(VENV)/ruff check . || failed=1; cd .cache/typecheck && \
+	"$(CURDIR)/$(VENV)/mypy" --config-file "$(CURDIR)/pyproject.toml" --cache-dir "$(CURDIR)/.mypy_cache" -p p2p \
+	|| failed=1; exit $$failed
 
 format: env  ## let ruff sort imports and fix what it can
 	@$(VENV)/ruff check --fix .

@@ -14,12 +14,13 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from .browser import Editor, open_editor
 from .env import ROOT
@@ -111,6 +112,10 @@ def write_thumbnail(picture: Path, thumbnail: Path) -> None:
     image.resize((THUMBNAIL_WIDTH, height), Image.Resampling.LANCZOS).save(thumbnail, quality=88)
 
 
+def _show(display: Progress, task: TaskID, done: float) -> None:
+    display.update(task, completed=done)
+
+
 def demo(paths: list[Path], thumbnails: bool) -> list[str]:
     """Renders all and returns one message for each workflow that failed."""
     OUTPUT.mkdir(parents=True, exist_ok=True)
@@ -131,9 +136,7 @@ def demo(paths: list[Path], thumbnails: bool) -> list[str]:
             for path in paths:
                 task = display.add_task(path.stem, total=1.0)
                 try:
-                    rendered.append(
-                        render(editor, path, lambda done, task=task: display.update(task, completed=done))
-                    )
+                    rendered.append(render(editor, path, partial(_show, display, task)))
                 except ServerError as error:
                     failed.append(f"workflow {path.stem}: {error}")
                 display.update(task, completed=1.0)
