@@ -1,0 +1,1 @@
+"""The bundled demo model: scenes, networks, training, loading, evaluation."""
