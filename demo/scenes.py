@@ -209,7 +209,7 @@ def _paste(
     image = _tinted(char, color)
     scale = size / max(image.size)
     image = image.resize(
-        (max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.LANCZOS
+        (max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.LANCZOS
     )
     if flip:
         image = ImageOps.mirror(image)
@@ -368,7 +368,8 @@ def _wobble(pixels: np.ndarray, seed: str) -> np.ndarray:
     """Pixels `(SIZE, SIZE, ...)` moved by a hand's smooth trembling of about two pixels, read bilinearly."""
     noise = np.random.default_rng(random.Random(seed).randrange(1 << 30)).normal(0, 1.6, (2, 8, 8))
     shift = [
-        np.asarray(Image.fromarray(n.astype(np.float32)).resize((SIZE, SIZE), Image.BICUBIC)) for n in noise
+        np.asarray(Image.fromarray(n.astype(np.float32)).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+        for n in noise
     ]
     y, x = np.mgrid[:SIZE, :SIZE] + np.stack(shift)
     y, x = y.clip(0, SIZE - 1.001), x.clip(0, SIZE - 1.001)
@@ -400,11 +401,13 @@ def _finish(image: Image.Image, scene: Scene, r: random.Random) -> Image.Image:
         edge = ImageOps.autocontrast(ImageOps.grayscale(soft).filter(ImageFilter.FIND_EDGES))
         noise = np.random.default_rng(r.randrange(1 << 30))
         blot = np.asarray(
-            Image.fromarray(noise.normal(0, 1, (8, 8)).astype(np.float32)).resize((SIZE, SIZE), Image.BICUBIC)
+            Image.fromarray(noise.normal(0, 1, (8, 8)).astype(np.float32)).resize(
+                (SIZE, SIZE), Image.Resampling.BICUBIC
+            )
         )
         rim = np.asarray(
             Image.fromarray(noise.normal(0, 1, (16, 16)).astype(np.float32)).resize(
-                (SIZE, SIZE), Image.BICUBIC
+                (SIZE, SIZE), Image.Resampling.BICUBIC
             )
         )
         pixels = 255 - (255 - np.asarray(soft, np.float32)) * (0.85 + 0.15 * blot[..., None].clip(-1, 1))
@@ -414,8 +417,8 @@ def _finish(image: Image.Image, scene: Scene, r: random.Random) -> Image.Image:
         keep = ((near - 6) / 3).clip(0, 1)[..., None]
         return Image.fromarray((pixels * keep + 250 * (1 - keep)).clip(0, 255).astype(np.uint8))
     if scene.style == "pixel":
-        small = image.resize((SIZE // 4, SIZE // 4), Image.BOX).quantize(24).convert("RGB")
-        return small.resize((SIZE, SIZE), Image.NEAREST)
+        small = image.resize((SIZE // 4, SIZE // 4), Image.Resampling.BOX).quantize(24).convert("RGB")
+        return small.resize((SIZE, SIZE), Image.Resampling.NEAREST)
     if scene.style == "vintage":
         gray = np.asarray(ImageOps.grayscale(image), np.float32)[..., None] / 255
         tone = 255 * (gray * np.array([0.94, 0.78, 0.56]) + np.array([0.06, 0.03, 0.01]))
@@ -481,7 +484,7 @@ def sheet(images: list[np.ndarray], labels: list[str], columns: int, scale: int 
         while d.textlength(label, font) > w:
             label = label[:-1]
         d.text((x, y + 2), label, "black", font)
-        page.paste(Image.fromarray(pixels).resize((w, h), Image.NEAREST), (x, y + 16))
+        page.paste(Image.fromarray(pixels).resize((w, h), Image.Resampling.NEAREST), (x, y + 16))
     return page
 
 
