@@ -25,8 +25,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from .browser import Editor, open_editor
 from .env import ROOT
 from .server import ServerError, running_server
+from .workflows import CATALOGUE, WORKFLOWS
 
-WORKFLOWS = ROOT / "workflows"
 OUTPUT = ROOT / "output" / "demo"
 THUMBNAIL_WIDTH = 512  # px
 
@@ -36,9 +36,9 @@ PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Prompt-to-Prompt: what the shared workflows draw</title>
 <style>
-  body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }}
+  body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 50rem; margin: 2rem auto; padding: 0 1rem; }}
   section {{ margin: 3rem 0; }}
-  img {{ width: 100%; max-width: 70rem; display: block; border-radius: .4rem; }}
+  img {{ width: 100%; display: block; border-radius: .4rem; }}
   dl {{ display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem; }}
   dt {{ opacity: .6; }} dd {{ margin: 0; }}
 </style>
@@ -148,12 +148,20 @@ def demo(paths: list[Path], thumbnails: bool) -> list[str]:
     return failed
 
 
+def _order(path: Path) -> tuple[int, str]:
+    """The catalogue's order; files that were added by hand come last."""
+    names = list(CATALOGUE)
+    return (names.index(path.stem) if path.stem in names else len(names), path.stem)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Render the shared workflows in a real ComfyUI.")
     parser.add_argument("names", nargs="*", metavar="name", help="workflows to render (default: all)")
     parser.add_argument("--thumbnails", action="store_true", help="replace workflows/NAME.jpg as well")
     arguments = parser.parse_args()
-    paths = [WORKFLOWS / f"{name}.json" for name in arguments.names] or sorted(WORKFLOWS.glob("*.json"))
+    paths = [WORKFLOWS / f"{name}.json" for name in arguments.names] or sorted(
+        WORKFLOWS.glob("*.json"), key=_order
+    )
     missing = [path.name for path in paths if not path.is_file()]
     if missing or not paths:
         raise SystemExit(f"[demo] no such workflow in {WORKFLOWS}: {', '.join(missing) or 'it is empty'}")

@@ -88,7 +88,7 @@ def failure(entry: dict[str, Any]) -> str | None:
         if kind == "execution_error":
             return (
                 f"node {detail['node_id']} ({detail['node_type']}) failed: "
-                f"{detail['exception_type']}: {detail['exception_message'].strip()}"
+                f"{detail['exception_type'].rsplit('.', 1)[-1]}: {detail['exception_message'].strip()}"
             )
         if kind == "execution_interrupted":
             return f"interrupted at node {detail['node_id']} ({detail['node_type']})"
