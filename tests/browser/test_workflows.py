@@ -66,9 +66,23 @@ def test_saving_what_was_opened_gives_the_same_workflow(editor, path):
     assert graph(editor.workflow()) == graph(workflow)
 
 
-def test_a_template_opens_by_its_address_and_runs_by_its_button(editor):
+def open_by_address(page):
+    page.goto(f"{page.url.split('?')[0]}?template=word_swap&source={PACK}")
+
+
+def open_by_hand(page):
+    page.get_by_role("button", name="Templates").click()
+    templates = page.get_by_role("dialog")
+    templates.get_by_text(PACK, exact=True).first.click()
+    templates.get_by_text("word_swap", exact=True).first.click()
+
+
+@pytest.mark.parametrize("way", [open_by_address, open_by_hand])
+def test_a_newcomer_opens_a_template_and_presses_run(editor, way):
     editor.console.clear()
-    editor.open(f"?template=word_swap&source={PACK}")
+    editor.open()
+    way(editor.page)
+    editor.await_ready()
     expected = json.loads((ROOT / "workflows" / "word_swap.json").read_text())
     editor.page.wait_for_function("(id) => window.app.graph.id === id", arg=expected["id"])
     with editor.page.expect_response(lambda answer: answer.url.endswith("/prompt")) as answer:
