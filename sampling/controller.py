@@ -22,7 +22,7 @@ from ..attention.inject import Rows, cross_attention, paired_rows, self_attentio
 from ..attention.plan import Plan, make_plan
 from ..attention.schedule import TauSchedule, step_of
 from .encode import KEY
-from .noise import takes_noise_sampler, tied_noise_sampler
+from .noise import takes_noise_sampler, tied_noise_sampler, with_tied_inpainting
 from .pairing import check_rows, paired_conditioning, tie_rows
 
 BlockKey = tuple[str, int, int]
@@ -102,18 +102,22 @@ class Controller:
         if run is not None:
             run.lengths = self._own_conditionings(guider.conds)
         sampler = executor.class_obj
-        before = getattr(sampler, "extra_options", None)
         function = getattr(sampler, "sampler_function", None)
-        if before is None or function is None or not takes_noise_sampler(function):
-            return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
-        sampler.extra_options = {
-            **before,
-            "noise_sampler": self._noise_sampler(function, before, noise, sigmas, extra_args),
-        }
+        options = getattr(sampler, "extra_options", None)
+        changed: dict[str, Any] = {}
+        if function is not None and options is not None and takes_noise_sampler(function):
+            draw = self._noise_sampler(function, options, noise, sigmas, extra_args)
+            changed["extra_options"] = {**options, "noise_sampler": draw}
+        if function is not None and getattr(sampler, "inpaint_options", {}).get("random", False):
+            changed["sampler_function"] = with_tied_inpainting(function, self.edit.branches)
+        before = {name: getattr(sampler, name) for name in changed}
         try:
+            for name, value in changed.items():
+                setattr(sampler, name, value)
             return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
         finally:
-            sampler.extra_options = before
+            for name, value in before.items():
+                setattr(sampler, name, value)
 
     def _noise_sampler(
         self, function: Callable, options: dict, noise: Tensor, sigmas: Tensor, extra_args: dict

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from comfy.k_diffusion import sampling as k_diffusion
 from einops import repeat
 from torch import Tensor
@@ -46,6 +48,23 @@ def tied_noise_sampler(
         return repeat(draw(sigma, sigma_next), "b ... -> (b n) ...", n=branches)
 
     return draw_tied
+
+
+def with_tied_inpainting(function: Callable, branches: int) -> Callable:
+    """A sampler function of the host whose noise outside an inpainting mask is one per pair.
+
+    Samplers that inpaint with noise of their own (ddim) draw it for every row of the batch; the sources get
+    what a plain run of them draws, and each target its source's.
+    """
+
+    @functools.wraps(function)
+    def tied(model: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        generator = torch.manual_seed(kwargs.get("extra_args", {}).get("seed", 41) + 1)  # as the host does
+        noise = torch.randn((x.shape[0] // branches, *x.shape[1:]), generator=generator, device="cpu")
+        model.noise = repeat(noise.to(model.noise), "b ... -> (b n) ...", n=branches)
+        return function(model, x, *args, **kwargs)
+
+    return tied
 
 
 def _uses(function: Callable, seen: frozenset = frozenset()) -> Iterator[Any]:
