@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 from p2p.tools.env import find_host, is_host
 
 
@@ -25,6 +27,14 @@ def import_host() -> None:
 
 
 import_host()
+torch.set_num_threads(1)  # several threads on a busy machine are many times slower than one
+
+
+@pytest.fixture(autouse=True)
+def as_the_host_runs_nodes() -> Iterator[None]:
+    """The host executes nodes without gradients."""
+    with torch.inference_mode():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +43,12 @@ def demo_model() -> tuple[Any, Any, Any]:
     from p2p.demo.loader import load_demo_model
 
     return load_demo_model()
+
+
+@pytest.fixture(scope="session")
+def studio(demo_model: tuple[Any, Any, Any]) -> Any:
+    """The bundled model with helpers for sampling runs."""
+    from p2p.tests.host.runs import Studio
+
+    with torch.inference_mode():
+        return Studio(*demo_model[:2])

@@ -1,0 +1,158 @@
+"""Laws 1, 2 and 3 on every sampler and every scheduler that the host lists."""
+
+from __future__ import annotations
+
+import inspect
+
+import comfy.samplers
+import pytest
+import torch
+from comfy_extras import nodes_advanced_samplers, nodes_custom_sampler
+from p2p.sampling.controller import control
+from p2p.tests.host.runs import (
+    EMPTY,
+    FULL,
+    PART,
+    SAMPLERS,
+    SCHEDULERS,
+    SOURCE,
+    TARGET,
+    Settings,
+    assert_close,
+    difference,
+    empty,
+    sampler_custom,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:Should have t:UserWarning")  # torchsde, on float noise
+
+TOLERANCE_OF_AN_EDIT = 1e-2
+"""What differs by more was edited, as a fraction of the largest value."""
+
+ONE_RUN_IS_NOT_ITS_PART_OF_A_BATCH = {
+    "dpm_adaptive": "chooses its step sizes from the error of the whole batch: in the host itself a row of "
+    "a batch differs from a run of its own, and what changes one row moves the steps of all",
+}
+"""Samplers that cannot keep laws 2 and 3 row by row; they keep law 1, and law 2 against the host's own batch."""
+
+BY_ROW = [name for name in SAMPLERS if name not in ONE_RUN_IS_NOT_ITS_PART_OF_A_BATCH]
+
+
+def draws_noise(name):
+    """Whether a sampler can draw noise for its steps, so that the rows of a plain batch differ in it."""
+    return (
+        "noise_sampler" in inspect.signature(comfy.samplers.sampler_object(name).sampler_function).parameters
+    )
+
+
+settings = [pytest.param(Settings(sampler=name), id=name) for name in SAMPLERS]
+by_row = [pytest.param(Settings(sampler=name), id=name) for name in BY_ROW]
+by_row += [pytest.param(Settings(scheduler=name), id=f"scheduler {name}") for name in SCHEDULERS]
+by_row += [
+    pytest.param(Settings(sampler="dpmpp_sde", scheduler=name), id=f"dpmpp_sde, scheduler {name}")
+    for name in SCHEDULERS
+]
+deterministic = [pytest.param(Settings(sampler=name), id=name) for name in SAMPLERS if not draws_noise(name)]
+
+
+@pytest.mark.parametrize("tau", [PART, FULL], ids=["part", "full"])
+@pytest.mark.parametrize("settings", settings)
+def test_law_1_target_prompt_equal_to_source_prompt_gives_equal_images(studio, settings, tau):
+    source, target = studio.paired(studio.edit(SOURCE, SOURCE), tau, settings)
+    assert_close(target, source)
+
+
+@pytest.mark.parametrize("settings", by_row)
+def test_law_2_with_tau_empty_both_branches_are_plain_runs_of_their_prompts(studio, settings):
+    source, target = studio.paired(studio.edit().reweighted("red", -2.0), EMPTY, settings)
+    assert_close(source, studio.plain(SOURCE, settings))
+    assert_close(target, studio.plain(TARGET, settings))
+
+
+@pytest.mark.parametrize("settings", by_row)
+def test_law_2_the_source_is_a_plain_run_of_its_prompt_whatever_the_edit(studio, settings):
+    source, _ = studio.paired(studio.edit().reweighted("red", -2.0), FULL, settings)
+    assert_close(source, studio.plain(SOURCE, settings))
+
+
+@pytest.mark.parametrize("settings", deterministic)
+def test_law_2_with_tau_empty_the_pair_is_the_hosts_own_batch_bit_for_bit(studio, settings):
+    source, target = studio.paired(studio.edit(), EMPTY, settings)
+    plain = studio.plain_batch([SOURCE, TARGET], settings, empty())
+    assert torch.equal(torch.cat([source, target]), plain)
+
+
+@pytest.mark.parametrize("settings", by_row)
+def test_law_3_no_tau_edit_or_gain_changes_a_bit_of_the_source(studio, settings):
+    edit, other = studio.edit().reweighted("red", 2.0), studio.edit(SOURCE, "children drawing of a castle")
+    source, target = studio.paired(edit, EMPTY, settings)
+    for changed_edit, tau in ((edit, FULL), (edit, PART), (other, PART)):
+        changed_source, changed_target = studio.paired(changed_edit, tau, settings)
+        assert torch.equal(changed_source, source)
+        assert difference(changed_target, target) > TOLERANCE_OF_AN_EDIT
+
+
+@pytest.mark.parametrize("name", ONE_RUN_IS_NOT_ITS_PART_OF_A_BATCH)
+def test_samplers_that_look_at_the_whole_batch_do_so_without_this_pack_too(studio, name):
+    """The exceptions are the host's: a row of a plain batch is not the plain run of its prompt."""
+    settings = Settings(sampler=name)
+    rows = studio.plain_batch([SOURCE, TARGET], settings, empty())
+    assert difference(rows[:1], studio.plain(SOURCE, settings)) > 1e-6
+
+
+# Sampler nodes of SamplerCustom
+
+UNTIED = {
+    "SamplerLCMUpscale": "draws its noise with torch.randn_like in its own loop and takes no noise sampler",
+}
+"""Sampler nodes whose noise nobody can tie: source and target get different noise."""
+
+
+def sampler_nodes():
+    for module in (nodes_custom_sampler, nodes_advanced_samplers):
+        for name, node in vars(module).items():
+            if name.startswith("Sampler") and hasattr(node, "define_schema"):
+                outputs = node.define_schema().outputs
+                if outputs[0].io_type == "SAMPLER":
+                    yield pytest.param(node, id=name)
+
+
+def make_sampler(node, model):
+    """The node's sampler, with the default of each input."""
+    values = {}
+    for given in node.define_schema().inputs:
+        if given.io_type == "MODEL":
+            values[given.id] = model
+        elif given.io_type == "COMBO":
+            values[given.id] = given.default or given.options[0]
+        else:
+            values[given.id] = given.default or 0
+    return node.execute(**values).args[0]
+
+
+def run_node(studio, node, edit, tau):
+    controlled, positive = control(studio.model, edit, tau)
+    sampler = make_sampler(node, studio.model)
+    rows = studio.rows(edit, empty())
+    samples = sampler_custom(controlled, positive, studio.negative, rows, Settings(), sampler)
+    return studio.split(edit, samples)
+
+
+@pytest.mark.parametrize("node", [node for node in sampler_nodes() if node.id not in UNTIED])
+def test_law_1_on_every_sampler_node(studio, node):
+    source, target = run_node(studio, node, studio.edit(SOURCE, SOURCE), PART)
+    assert_close(target, source)
+
+
+@pytest.mark.parametrize("node", [node for node in sampler_nodes() if node.id not in UNTIED])
+def test_law_3_on_every_sampler_node(studio, node):
+    if node.__name__ == "SamplerDPMAdaptative":
+        pytest.skip(ONE_RUN_IS_NOT_ITS_PART_OF_A_BATCH["dpm_adaptive"])
+    source, _ = run_node(studio, node, studio.edit(), EMPTY)
+    assert torch.equal(run_node(studio, node, studio.edit(), FULL)[0], source)
+
+
+@pytest.mark.parametrize("node", [node for node in sampler_nodes() if node.id in UNTIED])
+def test_sampler_nodes_named_as_untied_are(studio, node):
+    source, target = run_node(studio, node, studio.edit(SOURCE, SOURCE), FULL)
+    assert difference(target, source) > TOLERANCE_OF_AN_EDIT
