@@ -37,7 +37,7 @@ bench: env  ## time plain attention against edited attention
 	@$(VENV)/python benchmarks/attention.py
 
 train-demo: env  ## train the bundled model from nothing (hours; resumes where it stopped)
-	@$(VENV)/python demo/train.py
+	@COMFYUI_PATH="$$($(PYTHON) tools/env.py --host-path)" $(VENV)/python -m demo.train $(ARGS)
 
 workflows: env  ## rebuild workflows/*.json in the real front end, then their thumbnails
 	@$(VENV)/python -m tools.workflows
