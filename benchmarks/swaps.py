@@ -23,7 +23,6 @@ SWAPS = [
     ("a duck in a field", "a duck in a desert"),
     ("a cake on a beach", "a tree on a beach"),
 ]
-HEADINGS = ["source", "target prompt alone, same seed", "target, Prompt-to-Prompt"]
 STEPS, CFG, SAMPLER, SCHEDULER, SIZE = 20, 4.0, "euler", "normal", 128
 
 
@@ -65,7 +64,7 @@ def main() -> None:
     images, labels = [], []
     for seed, (source, target) in enumerate(SWAPS):
         images.append(draw(model, clip, vae, source, target, seed))
-        labels += [source, f"{target} ({HEADINGS[1]})", f"{target} ({HEADINGS[2]})"]
+        labels += [source, f"{target}, no control", f"{target}, Prompt-to-Prompt"]
     grid = comparison_grid(torch.cat(images), labels, columns=6)[0]
     Image.fromarray((grid * 255).round().byte().numpy()).save(options.out, quality=90)
     print(options.out)
