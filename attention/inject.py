@@ -56,7 +56,14 @@ def paired_rows(batch: int, branches: int, offsets: list[int], size: int, device
 
 
 def cross_attention(
-    attend: Attention, attend_own: Attention, q: Tensor, k: Tensor, v: Tensor, rows: Rows, step: CrossStep
+    attend: Attention,
+    attend_own: Attention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: Rows,
+    step: CrossStep,
+    copies: int = 1,
 ) -> Tensor:
     """Cross-attention with the source's maps in the target's rows.
 
@@ -67,21 +74,16 @@ def cross_attention(
 
     attend: the whole batch's attention, whatever other nodes made of it; called once.
     attend_own: plain attention, called on the target rows for the second term where there is one.
-    q (b, n, h d), k and v (b, L, h d); L may hold the conditioning's t tokens several times.
+    q (b, n, h d), k and v (b, L, h d); L holds the conditioning's t tokens `copies` times, and then tokens
+    that another node appended inside this attention, which both branches share.
     """
     values = v.index_select(0, rows.target)  # (r, L, h d)
-    own = step.own
-    if own is not None:
-        copies = v.shape[1] // own.shape[1]
-        own = repeat(own, "N t -> N (c t) 1", c=copies).index_select(0, rows.branch) * values
+    own = None if step.own is None else _own_values(values, rows, step, copies)
     if step.moved is None:
         return attend(
             q, k, v.index_copy(0, rows.target, own if own is not None else torch.zeros_like(values))
         )
-    tokens = step.moved.shape[1]
-    copies = v.shape[1] // tokens
-    moved = torch.bmm(step.moved.index_select(0, rows.branch), values[:, :tokens])
-    moved = repeat(moved, "r t c -> r (copies t) c", copies=copies)
+    moved = _moved_values(values, rows, step.moved, step.weight, copies)
     out = attend(
         q.index_select(0, rows.origin), k.index_select(0, rows.origin), v.index_copy(0, rows.target, moved)
     )
@@ -89,6 +91,21 @@ def cross_attention(
         return out
     rest = attend_own(q.index_select(0, rows.target), k.index_select(0, rows.target), own)
     return out.index_add(0, rows.target, rest)
+
+
+def _moved_values(values: Tensor, rows: Rows, moved: Tensor, weight: float, copies: int) -> Tensor:
+    """M (from_source o V_t) for each copy of the conditioning, and weight o V_t for appended tokens."""
+    tokens = moved.shape[1]
+    copy = torch.bmm(moved.index_select(0, rows.branch), values[:, :tokens])
+    return torch.cat([*[copy] * copies, weight * values[:, copies * tokens :]], dim=1)
+
+
+def _own_values(values: Tensor, rows: Rows, step: CrossStep, copies: int) -> Tensor:
+    """own o V_t for each copy of the conditioning, and (1 - weight) o V_t for appended tokens."""
+    assert step.own is not None
+    own = repeat(step.own, "N t -> N (c t) 1", c=copies).index_select(0, rows.branch)
+    text = own.shape[1]
+    return torch.cat([own * values[:, :text], (1.0 - step.weight) * values[:, text:]], dim=1)
 
 
 def self_attention(

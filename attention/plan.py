@@ -19,10 +19,12 @@ class CrossStep:
 
     moved: M diag(from_source), (N, t, t), or None where no target takes anything from the source.
     own: (N, t), or None where no target keeps anything of its own.
+    weight: of the general window; for tokens that other nodes append inside the attention of both branches.
     """
 
     moved: Tensor | None
     own: Tensor | None
+    weight: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,18 +63,19 @@ def make_plan(
         from_source, own = (torch.stack(column) for column in zip(*table, strict=True))
         key = (from_source.numpy().tobytes(), own.numpy().tobytes())
         if key not in made:
-            made[key] = _cross_step(mapping, from_source, own, device, dtype)
+            weight = tau.cross.weight(progress, tau.fade)
+            made[key] = _cross_step(mapping, from_source, own, weight, device, dtype)
         cross.append(made[key])
     return Plan(tuple(cross), tuple(tau.self_weight(step / steps) for step in range(steps)))
 
 
 def _cross_step(
-    mapping: Tensor, from_source: Tensor, own: Tensor, device: torch.device, dtype: torch.dtype
+    mapping: Tensor, from_source: Tensor, own: Tensor, weight: float, device: torch.device, dtype: torch.dtype
 ) -> CrossStep | None:
     if not from_source.any() and (own == 1.0).all():
         return None
     moved = (mapping * from_source[:, None, :]).to(dtype).to(device) if from_source.any() else None
-    return CrossStep(moved, own.to(dtype).to(device) if own.any() else None)
+    return CrossStep(moved, own.to(dtype).to(device) if own.any() else None, weight)
 
 
 def _tiled_mapping(edit: Edit, target: Target, common: int, length: int) -> Tensor:

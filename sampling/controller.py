@@ -194,12 +194,12 @@ class Controller:
         **kwargs: Any,
     ) -> Tensor:
         """Once per forward: the step, the pair's rows, and replacements for the attention of each block."""
-        replaced = self._replacements(x, transformer_options)
+        replaced = self._replacements(x, context, transformer_options)
         if replaced:
             transformer_options = {**transformer_options, "patches_replace": replaced}
         return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
 
-    def _replacements(self, x: Tensor, options: dict) -> dict | None:
+    def _replacements(self, x: Tensor, context: Tensor, options: dict) -> dict | None:
         """`patches_replace` for this forward, or None where there is nothing to inject."""
         run: Run | None = options.get(KEY)
         if run is None or not run.injecting:
@@ -226,12 +226,15 @@ class Controller:
                 x.shape[0], self.edit.branches, [n * size for n in own], size, x.device
             )
         rows = run.rows[rows_key]
+        copies = context.shape[1] // length
         replaced = {name: dict(patches) for name, patches in options.get("patches_replace", {}).items()}
         if cross is not None:
             self._replace(
                 replaced,
                 "attn2",
-                lambda attend, attend_own, q, k, v: cross_attention(attend, attend_own, q, k, v, rows, cross),
+                lambda attend, attend_own, q, k, v: cross_attention(
+                    attend, attend_own, q, k, v, rows, cross, copies
+                ),
             )
         if weight > 0.0:
             cap = self.tau.self_resolution
