@@ -33,7 +33,7 @@ ONE_RUN_IS_NOT_ITS_PART_OF_A_BATCH = {
     "dpm_adaptive": "chooses its step sizes from the error of the whole batch: in the host itself a row of "
     "a batch differs from a run of its own, and what changes one row moves the steps of all",
 }
-"""Samplers that cannot keep laws 2 and 3 row by row; they keep law 1, and law 2 against the host's own batch."""
+"""Samplers that cannot keep laws 2 and 3 row by row; they keep law 1, and law 2 against the host's batch."""
 
 BY_ROW = [name for name in SAMPLERS if name not in ONE_RUN_IS_NOT_ITS_PART_OF_A_BATCH]
 

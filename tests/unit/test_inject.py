@@ -112,12 +112,12 @@ def expected_cross(edit, tau, progress, q, own, offset, pairs):
     return torch.stack(out)
 
 
-def injected(edit, tau, step, steps, q, k, v, offset, pairs, length):
+def injected(edit, tau, step, steps, q, k, v, offset, pairs, length, copies=1):
     """What the pack computes, from a plan made in fp64 for conditionings of `length` tokens."""
     rows = paired_rows(q.shape[0], edit.branches, [offset], pairs * edit.branches, q.device)
     plan = make_plan(edit, tau, steps, length, q.device, q.dtype)
     cross = plan.cross[step]
-    return attend(q, k, v) if cross is None else cross_attention(attend, attend, q, k, v, rows, cross)
+    return attend(q, k, v) if cross is None else cross_attention(attend, attend, q, k, v, rows, cross, copies)
 
 
 def check(edit, tau, step=0, steps=10, pairs=1, uncond=0, copies=1, seed=0):
@@ -125,7 +125,7 @@ def check(edit, tau, step=0, steps=10, pairs=1, uncond=0, copies=1, seed=0):
     rows = uncond + pairs * edit.branches
     own, k, v = paired_keys(edit, pairs, copies=copies, seed=seed, offset=uncond, rows=rows)
     q, _, _ = tensors(rows, 1, seed=seed + 7)
-    found = injected(edit, tau, step, steps, q, k, v, uncond, pairs, conditioning_length(edit))
+    found = injected(edit, tau, step, steps, q, k, v, uncond, pairs, conditioning_length(edit), copies)
     expected = expected_cross(edit, tau, step / steps, q, own, uncond, pairs)
     torch.testing.assert_close(found, expected, **EXACT)
     return found, attend(q, k, v)
@@ -214,7 +214,8 @@ def test_prompts_of_different_chunk_counts_equal_each_prompts_own_unrepeated_map
 
 @pytest.mark.parametrize("targets", [["a dog on a mat"], ["a dog", f"{LONG} cat"]])
 @pytest.mark.parametrize("weight", [1.0, 0.5])
-def test_tokens_that_a_later_node_appended_are_shared(targets, weight):
+@pytest.mark.parametrize("where", ["conditioning", "attention"])
+def test_tokens_that_a_later_node_appended_are_shared(targets, weight, where):
     """Both branches got them, so they pair off one to one, on the general window."""
     edit = make_edit("a cat on a mat", *targets)
     tau = TauSchedule(cross=Window(0, 0.5), fade=0.0 if weight == 1.0 else 1.0)
@@ -222,7 +223,7 @@ def test_tokens_that_a_later_node_appended_are_shared(targets, weight):
     common, extra = conditioning_length(edit), 4
     own, k, v = paired_keys(edit, 1, appended=extra)
     q, _, _ = tensors(edit.branches, 1, seed=3)
-    found = injected(edit, tau, 0, 10, q, k, v, 0, 1, common + extra)
+    found = injected(edit, tau, 0, 10, q, k, v, 0, 1, common + (extra if where == "conditioning" else 0))
     for n, target in enumerate(edit.targets, 1):
         rows, columns = common // edit.source.prompt.length, common // target.prompt.length
         mapping = torch.zeros(common + extra, common + extra, dtype=torch.float64)
