@@ -267,7 +267,7 @@ def tau_sweep() -> Workflow:
             "*self_end* the same way: it keeps outlines. *fade* lets a window end softly.",
         ),
         **common(batch=1),
-        "prompts": prompts("a cat riding a bicycle", "a cat riding a car"),
+        "prompts": prompts("a tree in a field", "a castle in a field"),
     }
     rows = []
     for end in ends:
