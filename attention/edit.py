@@ -46,6 +46,10 @@ class Target:
     def text(self) -> str:
         return self.prompt.text
 
+    def describe(self, source: Prompt) -> str:
+        """How it is aligned to the source, for people."""
+        return self.alignment.describe(source, self.prompt)
+
 
 @dataclass(frozen=True, eq=False)
 class Edit:
@@ -109,9 +113,7 @@ class Edit:
 
     def describe(self) -> str:
         """The alignment of every target, for people."""
-        return "\n\n".join(
-            target.alignment.describe(self.source.prompt, target.prompt) for target in self.targets
-        )
+        return "\n\n".join(target.describe(self.source.prompt) for target in self.targets)
 
 
 def coefficients(target: Target, weights: Tensor) -> tuple[Tensor, Tensor]:

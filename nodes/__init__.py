@@ -5,11 +5,12 @@ from comfy_api.latest import ComfyExtension, io
 from .control import AttentionController, TauScheduler
 from .demo import DemoModel
 from .grid import ComparisonGrid
-from .prompts import PromptPair, TokenReweight
+from .prompts import AddTarget, PromptPair, TokenReweight
 from .sample import PairedLatent, PairedSampler, SplitBranches
 
 NODES: list[type[io.ComfyNode]] = [
     PromptPair,
+    AddTarget,
     TokenReweight,
     TauScheduler,
     AttentionController,

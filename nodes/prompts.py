@@ -9,8 +9,26 @@ from comfy_api.latest import io
 from ..attention.alignment import MODES
 from ..attention.edit import GAIN_LIMIT, Edit
 from ..attention.prompt import split_words
-from ..sampling.encode import start_edit
+from ..sampling.encode import add_target, start_edit
 from .types import CATEGORY, EditIO
+
+
+def _mode_input() -> io.Combo.Input:
+    return io.Combo.Input(
+        "mode",
+        options=list(MODES),
+        default="auto",
+        tooltip="swap: replaced words take the old words' maps. refine: only shared words keep the source's "
+        "maps. auto: swap where words are replaced, refine where words are added.",
+    )
+
+
+def _check_prompts(**prompts: str | None) -> bool | str:
+    """Validation's answer for prompts that are given as widgets; None stands for one that is linked."""
+    for name, text in prompts.items():
+        if text is not None and not text.strip():
+            return f"The {name} prompt is empty; expected at least one word."
+    return True
 
 
 class PromptPair(io.ComfyNode):
@@ -39,28 +57,53 @@ class PromptPair(io.ComfyNode):
                     dynamic_prompts=True,
                     tooltip="The edited prompt: swap, add or remove words; keep the rest as in the source.",
                 ),
-                io.Combo.Input(
-                    "mode",
-                    options=list(MODES),
-                    default="auto",
-                    tooltip="swap: replaced words take the old words' maps. refine: only shared words keep "
-                    "the source's maps. auto: swap where words are replaced, refine where words are added.",
-                ),
+                _mode_input(),
             ],
             outputs=[EditIO.Output("pair", display_name="edit")],
         )
 
     @classmethod
     def validate_inputs(cls, source: str | None = None, target: str | None = None) -> bool | str:
-        for name, text in (("source", source), ("target", target)):
-            if text is not None and not text.strip():
-                return f"The {name} prompt is empty; expected at least one word."
-        return True
+        return _check_prompts(source=source, target=target)
 
     @classmethod
     def execute(cls, clip: Any, source: str, target: str, mode: str) -> io.NodeOutput:
         edit = start_edit(clip, source, target, mode)
         return io.NodeOutput(edit, ui={"text": (edit.describe(),)})
+
+
+class AddTarget(io.ComfyNode):
+    """One more edit of the same source, in the same run."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="P2PAddTarget",
+            display_name="Add Target",
+            category=CATEGORY,
+            description="Adds a target prompt to an edit: N targets share one source and cost N + 1 images.",
+            inputs=[
+                io.Clip.Input("clip", tooltip="The text encoder that the edit's other prompts went through."),
+                EditIO.Input("edit"),
+                io.String.Input(
+                    "target",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    tooltip="Another edited prompt: swap, add or remove words of the source.",
+                ),
+                _mode_input(),
+            ],
+            outputs=[EditIO.Output("extended", display_name="edit")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, target: str | None = None) -> bool | str:
+        return _check_prompts(target=target)
+
+    @classmethod
+    def execute(cls, clip: Any, edit: Edit, target: str, mode: str) -> io.NodeOutput:
+        extended = add_target(clip, edit, target, mode)
+        return io.NodeOutput(extended, ui={"text": (extended.targets[-1].describe(edit.source.prompt),)})
 
 
 class TokenReweight(io.ComfyNode):

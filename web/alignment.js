@@ -1,4 +1,4 @@
-// Shows on Prompt Pair which words share their attention maps, as the node found it when it last ran.
+// Shows on Prompt Pair and Add Target which words share their attention maps, as the node found it when it last ran.
 import { app } from "../../scripts/app.js";
 import { ComfyWidgets } from "../../scripts/widgets.js";
 
@@ -23,7 +23,7 @@ function alignmentWidget(node) {
 app.registerExtension({
   name: "prompt-to-prompt.alignment",
   nodeCreated(node) {
-    if (node.comfyClass !== "P2PPromptPair") return;
+    if (!["P2PPromptPair", "P2PAddTarget"].includes(node.comfyClass)) return;
     alignmentWidget(node);
     const onExecuted = node.onExecuted;
     node.onExecuted = function (message) {
