@@ -242,7 +242,7 @@ SHEET = [
     "a house in a field",
     "a pixel art of a house in a field",
     "a vintage photo of a house in a field",
-    "a house at night",
+    "a house in a field at night",
     "a penguin in a desert",
     "a duck on a beach",
     "a blue elephant in a forest",

@@ -12,7 +12,9 @@ from comfy_extras import nodes_custom_sampler as custom
 from comfy_extras.nodes_hypertile import HyperTile
 from comfy_extras.nodes_model_advanced import ModelComputeDtype
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
+from comfy_extras.nodes_perpneg import PerpNegGuider
 from comfy_extras.nodes_sag import SelfAttentionGuidance
+from comfy_extras.nodes_tomesd import TomePatchModel
 from p2p.attention.schedule import TauSchedule, Window
 from p2p.sampling.controller import control
 from p2p.tests import naive
@@ -447,6 +449,7 @@ def regions(studio, positive):
     area = host_nodes.ConditioningSetArea().append
     masked = host_nodes.ConditioningSetMask().append
     combine = host_nodes.ConditioningCombine().combine
+    timed = host_nodes.ConditioningSetTimestepRange().set_range
     half = torch.ones(1, 64, 64)
     half[:, :, 32:] = 0
     negative = studio.negative
@@ -466,6 +469,10 @@ def regions(studio, positive):
             combine(area(positive, 32, 64, 0, 0, 1.0)[0], area(other, 32, 64, 32, 0, 1.0)[0])[0],
             negative,
         ),
+        "pair for the first half of the run": (
+            combine(timed(positive, 0.0, 0.5)[0], timed(other, 0.5, 1.0)[0])[0],
+            negative,
+        ),
         "two negatives": (positive, combine(negative, studio.encode("blurry"))[0]),
         "long negative": (positive, studio.encode(LONG)),
     }
@@ -481,6 +488,7 @@ REGIONS = [
     "pair under a mask",
     "pair under its mask's bounds",
     "pair on an area, other elsewhere",
+    "pair for the first half of the run",
     "two negatives",
     "long negative",
 ]
@@ -524,6 +532,20 @@ def test_law_7_the_pair_is_known_by_its_mark_not_by_its_place_among_the_conds(st
     assert [(at, rows) for at, _, rows in changed] == [(place, [1, 3])]
 
 
+def test_law_7_a_guider_with_three_conditionings_in_another_order(studio):
+    """PerpNeg calls the model with positive, negative and empty prompt."""
+
+    def make(model, positive, rows):
+        guider = value_of(
+            PerpNegGuider.execute(model, positive, studio.encode("blurry"), studio.negative, 4.0, 1.0)
+        )
+        sampler_custom_advanced(model, None, None, rows, ONE_STEP, guider)
+
+    calls, changed = edited_rows(studio, make)
+    assert calls == 3
+    assert [(place, rows) for place, _, rows in changed] == [(0, [1, 3])]
+
+
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_law_7_the_extra_pass_of_perturbed_attention_guidance_runs_untouched(studio, order):
     def make(model, positive, rows):
@@ -550,6 +572,7 @@ def value_of(output):
 GUIDANCE = {
     "PerturbedAttentionGuidance": lambda model: PerturbedAttentionGuidance.execute(model, 3.0),
     "SelfAttentionGuidance": lambda model: SelfAttentionGuidance.execute(model, 0.5, 2.0),
+    "TomePatchModel": lambda model: TomePatchModel.execute(model, 0.3),
     "HyperTile": lambda model: HyperTile.execute(model, 32, 2, 0, False),
     "bfloat16": lambda model: ModelComputeDtype().patch(model, "bf16"),
 }
