@@ -263,8 +263,8 @@ def tau_sweep() -> Workflow:
         "note": note(
             "tau: how long the source's attention is kept",
             "The same edit five times; *cross_end* is the part of the run in which the target uses the "
-            "source's maps (*self_end* goes along, up to 0.4). At 0 nothing is shared; the higher, the more of "
-            "the source's layout stays.",
+            "source's maps (*self_end* goes along, up to 0.4). At 0 nothing is shared; the higher, "
+            "the more of the source's layout stays.",
             "*self_end* the same way: it keeps outlines. *fade* lets a window end softly.",
         ),
         **common(batch=1),
