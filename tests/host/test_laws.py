@@ -129,6 +129,17 @@ def test_every_sampler_node_gives_the_same_pair(studio, way, sampler):
         assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize(
+    "way", [ksampler, sampler_custom, sampler_custom_advanced], ids=lambda way: way.__name__
+)
+def test_a_pair_starts_from_one_noise_whatever_made_the_batch(studio, way):
+    """A batch of the user's own has no tied batch_index: the source gets its row's noise, the target the same."""
+    controlled, positive = control(studio.model, studio.edit(SOURCE, SOURCE), PART)
+    source, target = way(controlled, positive, studio.negative, empty(2), Settings()).split(1)
+    assert_close(target, source)
+    assert_close(source, studio.plain(SOURCE))
+
+
 def test_a_run_in_two_parts_with_leftover_noise_keeps_the_laws(studio):
     """KSamplerAdvanced twice: the second part gets the first one's pairs."""
     first = Settings(steps=6, advanced={"last_step": 3})
