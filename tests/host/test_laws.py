@@ -133,7 +133,7 @@ def test_every_sampler_node_gives_the_same_pair(studio, way, sampler):
     "way", [ksampler, sampler_custom, sampler_custom_advanced], ids=lambda way: way.__name__
 )
 def test_a_pair_starts_from_one_noise_whatever_made_the_batch(studio, way):
-    """A batch of the user's own has no tied batch_index: the source gets its row's noise, the target the same."""
+    """A batch of the user's own has no tied batch_index: all branches get the noise of the source's row."""
     controlled, positive = control(studio.model, studio.edit(SOURCE, SOURCE), PART)
     source, target = way(controlled, positive, studio.negative, empty(2), Settings()).split(1)
     assert_close(target, source)
