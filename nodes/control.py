@@ -62,7 +62,7 @@ class TauScheduler(io.ComfyNode):
                     "'hat: 0.3' or 'red hair: 0.1-0.6'.",
                 ),
             ],
-            outputs=[TauIO.Output("tau")],
+            outputs=[TauIO.Output("tau", display_name="tau")],
         )
 
     @classmethod
@@ -74,12 +74,16 @@ class TauScheduler(io.ComfyNode):
         self_end: float | None = None,
         words: str | None = None,
     ) -> bool | str:
+        windows = (("cross", cross_start, cross_end), ("self", self_start, self_end))
+        for name, start, end in windows:
+            try:
+                Window(0.0 if start is None else start, 1.0 if end is None else end)
+            except ValueError as error:
+                return f"{name}_start and {name}_end: {error}"
         try:
-            Window(cross_start or 0.0, 1.0 if cross_end is None else cross_end)
-            Window(self_start or 0.0, 1.0 if self_end is None else self_end)
             parse_word_windows(words or "")
         except ValueError as error:
-            return str(error)
+            return f"words: {error}"
         return True
 
     @classmethod
@@ -124,7 +128,7 @@ class AttentionController(io.ComfyNode):
             ],
             outputs=[
                 io.Model.Output("controlled", display_name="model"),
-                io.Conditioning.Output("positive"),
+                io.Conditioning.Output("positive", display_name="positive"),
             ],
         )
 

@@ -19,7 +19,11 @@ class DemoModel(io.ComfyNode):
             category=CATEGORY,
             description="Loads the tiny model that comes with this pack: 128 x 128 px, simple scenes, fast "
             "on a CPU. Exchange it for Load Checkpoint to use a model of your own.",
-            outputs=[io.Model.Output("model"), io.Clip.Output("clip"), io.Vae.Output("vae")],
+            outputs=[
+                io.Model.Output("model", display_name="model"),
+                io.Clip.Output("clip", display_name="clip"),
+                io.Vae.Output("vae", display_name="vae"),
+            ],
         )
 
     @classmethod

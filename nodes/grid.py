@@ -40,7 +40,7 @@ class ComparisonGrid(io.ComfyNode):
                 ),
                 io.Int.Input("columns", default=2, min=1, max=64, tooltip="Images per row."),
             ],
-            outputs=[io.Image.Output("image")],
+            outputs=[io.Image.Output("image", display_name="image")],
         )
 
     @classmethod

@@ -10,7 +10,7 @@ from ..attention.alignment import MODES
 from ..attention.edit import GAIN_LIMIT, Edit
 from ..attention.prompt import split_words
 from ..sampling.encode import add_target, start_edit
-from .types import CATEGORY, EditIO
+from .types import CATEGORY, EditIO, check_options
 
 
 def _mode_input() -> io.Combo.Input:
@@ -23,12 +23,12 @@ def _mode_input() -> io.Combo.Input:
     )
 
 
-def _check_prompts(**prompts: str | None) -> bool | str:
-    """Validation's answer for prompts that are given as widgets; None stands for one that is linked."""
+def _check(mode: str | None, **prompts: str | None) -> bool | str:
+    """Validation's answer for a mode and prompts that are widgets; None stands for one that is linked."""
     for name, text in prompts.items():
         if text is not None and not text.strip():
             return f"The {name} prompt is empty; expected at least one word."
-    return True
+    return check_options(mode=(mode, MODES))
 
 
 class PromptPair(io.ComfyNode):
@@ -63,8 +63,10 @@ class PromptPair(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, source: str | None = None, target: str | None = None) -> bool | str:
-        return _check_prompts(source=source, target=target)
+    def validate_inputs(
+        cls, source: str | None = None, target: str | None = None, mode: str | None = None
+    ) -> bool | str:
+        return _check(mode, source=source, target=target)
 
     @classmethod
     def execute(cls, clip: Any, source: str, target: str, mode: str) -> io.NodeOutput:
@@ -97,8 +99,8 @@ class AddTarget(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, target: str | None = None) -> bool | str:
-        return _check_prompts(target=target)
+    def validate_inputs(cls, target: str | None = None, mode: str | None = None) -> bool | str:
+        return _check(mode, target=target)
 
     @classmethod
     def execute(cls, clip: Any, edit: Edit, target: str, mode: str) -> io.NodeOutput:

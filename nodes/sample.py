@@ -12,7 +12,7 @@ from ..attention.edit import Edit
 from ..attention.schedule import TauSchedule
 from ..sampling.pairing import check_rows, paired_latent, split_rows
 from ..sampling.sampler import sample_pairs
-from .types import CATEGORY, EditIO, TauIO
+from .types import CATEGORY, EditIO, TauIO, check_options
 
 
 class PairedLatent(io.ComfyNode):
@@ -92,7 +92,17 @@ class PairedSampler(io.ComfyNode):
                     tooltip="1 starts from pure noise; less starts from the latent, as in KSampler.",
                 ),
             ],
-            outputs=[io.Latent.Output("source"), io.Latent.Output("targets")],
+            outputs=[
+                io.Latent.Output("source", display_name="source"),
+                io.Latent.Output("targets", display_name="targets"),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, sampler_name: str | None = None, scheduler: str | None = None) -> bool | str:
+        return check_options(
+            sampler_name=(sampler_name, comfy.samplers.KSampler.SAMPLERS),
+            scheduler=(scheduler, comfy.samplers.KSampler.SCHEDULERS),
         )
 
     @classmethod
@@ -128,7 +138,10 @@ class SplitBranches(io.ComfyNode):
             category=CATEGORY,
             description="Takes the images of a paired batch apart: the sources, and the targets.",
             inputs=[io.Image.Input("images"), EditIO.Input("edit")],
-            outputs=[io.Image.Output("source"), io.Image.Output("targets")],
+            outputs=[
+                io.Image.Output("source", display_name="source"),
+                io.Image.Output("targets", display_name="targets"),
+            ],
         )
 
     @classmethod
