@@ -210,7 +210,13 @@ class Controller:
             return None
         size = x.shape[0] // len(chunks)
         step = step_of(float(options["sigmas"][0]), run.sigmas)
-        length = run.lengths[chunks[own[0]]]
+        lengths = {run.lengths[chunks[n]] for n in own}
+        if len(lengths) > 1:
+            raise ValueError(
+                "Conditionings of one Attention Controller meet in a model call with different numbers of "
+                f"tokens ({', '.join(map(str, sorted(lengths)))}); concatenate the same text to all of them."
+            )
+        (length,) = lengths
         plan_key = (length, x.device, x.dtype)
         if plan_key not in run.plans:
             run.plans[plan_key] = make_plan(
