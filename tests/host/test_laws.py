@@ -201,7 +201,7 @@ def test_law_1_for_prompts_of_any_length_and_weight(studio, text, negative):
 # Law 4, over a whole run
 
 
-def naive_run(studio, edit, tau, settings, latent):
+def naive_run(studio, edit, tau, settings, latent, negative=None):
     """A plain run of the host, a prompt per row, the paper's formula in the host's attention patches."""
     model = studio.model.clone()
     sigmas = sigmas_of(model, settings)[:-1]
@@ -262,7 +262,7 @@ def naive_run(studio, edit, tau, settings, latent):
         "samples": latent["samples"].repeat(edit.branches, 1, 1, 1),
         "batch_index": [0] * edit.branches,
     }
-    samples = ksampler(model, positive, studio.negative, rows, settings)
+    samples = ksampler(model, positive, negative or studio.negative, rows, settings)
     return samples[:1], samples[1:]
 
 
@@ -296,6 +296,15 @@ def test_law_4_a_whole_run_equals_the_materialised_formula(studio, texts, gains,
     found = studio.paired(edit, tau)
     for one, expected in zip(found, naive_run(studio, edit, tau, Settings(), empty()), strict=True):
         assert_close(one, expected)
+
+
+def test_law_4_beside_a_negative_prompt_of_more_chunks(studio):
+    """The host repeats the pair's tokens to the negative's length; a word's map is the sum of its copies'."""
+    edit, negative = studio.edit().reweighted("red", 2.0), studio.encode(LONG)
+    found = studio.paired(edit, PART, negative=negative)
+    expected = naive_run(studio, edit, PART, Settings(), empty(), negative)
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other)
 
 
 @pytest.mark.parametrize("sampler", ["heun", "dpm_2", "heunpp2", "uni_pc", "dpm_fast"])
