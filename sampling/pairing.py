@@ -57,8 +57,7 @@ def paired_latent(latent: dict, branches: int) -> dict:
     paired["batch_index"] = [number for number in index for _ in range(branches)]
     mask = latent.get("noise_mask")
     if mask is not None and mask.ndim > 2:
-        of_each = mask[[item % mask.shape[0] for item in range(items)]]  # as the host repeats or cuts masks
-        paired["noise_mask"] = repeat(of_each, "b ... -> (b n) ...", n=branches)
+        paired["noise_mask"] = repeat(mask, "b ... -> (b n) ...", n=branches)
     return paired
 
 
