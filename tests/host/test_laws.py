@@ -40,6 +40,11 @@ from p2p.tests.host.runs import (
 
 import nodes as host_nodes
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Should have t:UserWarning"),  # torchsde, on float noise
+    pytest.mark.filterwarnings("ignore:To copy construct:UserWarning"),  # the host's dpm_fast and dpm_adaptive
+]
+
 EDITED = 1e-2
 """What differs by more was edited, as a fraction of the largest value."""
 

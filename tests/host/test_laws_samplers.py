@@ -24,7 +24,10 @@ from p2p.tests.host.runs import (
     sampler_custom,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:Should have t:UserWarning")  # torchsde, on float noise
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Should have t:UserWarning"),  # torchsde, on float noise
+    pytest.mark.filterwarnings("ignore:To copy construct:UserWarning"),  # the host's dpm_fast and dpm_adaptive
+]
 
 TOLERANCE_OF_AN_EDIT = 1e-2
 """What differs by more was edited, as a fraction of the largest value."""
