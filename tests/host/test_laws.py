@@ -42,7 +42,7 @@ import nodes as host_nodes
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Should have t:UserWarning"),  # torchsde, on float noise
-    pytest.mark.filterwarnings("ignore:To copy construct:UserWarning"),  # the host's dpm_fast and dpm_adaptive
+    pytest.mark.filterwarnings("ignore:To copy construct:UserWarning"),  # the host's dpm_fast
 ]
 
 EDITED = 1e-2

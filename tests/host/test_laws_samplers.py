@@ -26,7 +26,7 @@ from p2p.tests.host.runs import (
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Should have t:UserWarning"),  # torchsde, on float noise
-    pytest.mark.filterwarnings("ignore:To copy construct:UserWarning"),  # the host's dpm_fast and dpm_adaptive
+    pytest.mark.filterwarnings("ignore:To copy construct:UserWarning"),  # the host's dpm_fast
 ]
 
 TOLERANCE_OF_AN_EDIT = 1e-2
