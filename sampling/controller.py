@@ -130,27 +130,32 @@ class Controller:
     def _own_conditionings(self, conds: Mapping[str, list[dict]]) -> dict[uuid.UUID, int]:
         """The entries of this run's conditionings that are the pair's own: uuid -> length in tokens.
 
-        For prompts with areas the host copies an entry's options, mark and uuid included, onto the tensors of
-        another prompt. Such copies lose the mark and get a uuid of their own.
+        For prompts with areas the host makes copies that have one entry's options, mark and uuid included,
+        and another's tensors. A copy with the pair's own tensors is the pair's, any other loses the mark, and
+        every copy gets a uuid of its own.
         """
         own: dict[uuid.UUID, int] = {}
+        tensors: list[Any] = []
         for name, entries in conds.items():
+            for entry in entries:
+                if entry.get(KEY) == self.mark and _has_own_tensors(entry):
+                    if name != "negative":
+                        tensors.append(entry["model_conds"]["c_crossattn"])
+                    elif any(
+                        _begins_with(entry["cross_attn"], cond) for cond, _ in self.edit.source.conditioning
+                    ):
+                        raise ValueError(
+                            "The Attention Controller's positive conditioning is connected to a "
+                            "negative input."
+                        )
+        for entries in conds.values():
             for n, entry in enumerate(entries):
-                if entry.get(KEY) != self.mark:
-                    continue
                 used = entry["model_conds"].get("c_crossattn")
-                if (
-                    used is None
-                    or used.cond.shape != entry["cross_attn"].shape
-                    or not _same(used.cond, entry["cross_attn"])
-                ):
+                if any(used is tensor for tensor in tensors):
+                    entries[n] = {**entry, KEY: self.mark, "uuid": uuid.uuid4()}
+                    own[entries[n]["uuid"]] = used.cond.shape[1]
+                elif entry.get(KEY) == self.mark:
                     entries[n] = {k: v for k, v in entry.items() if k != KEY} | {"uuid": uuid.uuid4()}
-                elif name == "negative":
-                    raise ValueError(
-                        "The Attention Controller's positive conditioning is connected to a negative input."
-                    )
-                else:
-                    own[entry["uuid"]] = used.cond.shape[1]
         if not own:
             raise ValueError(
                 "The model comes from an Attention Controller, but the positive conditioning does not. "
@@ -331,8 +336,18 @@ def _run(model_options: dict) -> Run | None:
     return model_options.get("transformer_options", {}).get(KEY)
 
 
+def _has_own_tensors(entry: dict) -> bool:
+    """Whether a conditioning's tensors are those that its options were made with."""
+    used, made = entry["model_conds"].get("c_crossattn"), entry.get("cross_attn")
+    return used is not None and made is not None and used.cond.shape == made.shape and _same(used.cond, made)
+
+
+def _begins_with(cond: Tensor, source: Tensor) -> bool:
+    return cond.shape[1] >= source.shape[1] and _same(cond[:1, : source.shape[1]], source)
+
+
 def _same(a: Tensor, b: Tensor) -> bool:
-    return a is b or torch.equal(a.to(b.device, b.dtype), b)
+    return torch.equal(a.to(b.device, b.dtype), b)
 
 
 def _grid_fraction(tokens: int, x: Tensor) -> float:

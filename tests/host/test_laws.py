@@ -506,6 +506,10 @@ def regions(studio, positive):
             [[torch.cat([studio.encode(text)[0][0] for text in ("blurry", "a tree")]), {}]],
         ),
         "long negative": (positive, studio.encode(LONG)),
+        "negative zeroed out of the positive": (
+            positive,
+            host_nodes.ConditioningZeroOut().zero_out(positive)[0],
+        ),
     }
 
 
@@ -523,6 +527,7 @@ REGIONS = [
     "two negatives",
     "pair on an area, negative of two rows",
     "long negative",
+    "negative zeroed out of the positive",
 ]
 
 
@@ -534,6 +539,17 @@ def test_law_7_other_conditionings_run_untouched(studio, name):
     calls, changed = edited_rows(studio, make)
     assert calls > 1
     assert [(place, rows) for place, _, rows in changed] == [(0, [1, 3])]
+
+
+def test_law_7_where_a_negative_has_an_area_the_hosts_copy_of_the_pair_on_it_is_edited_too(studio):
+    """The host then computes the positive on that area as well, from a copy without the mark."""
+
+    def make(model, positive, rows):
+        negative = host_nodes.ConditioningSetArea().append(studio.negative, 32, 64, 0, 0, 1.0)[0]
+        ksampler(model, positive, negative, rows, ONE_STEP)
+
+    _, changed = edited_rows(studio, make)
+    assert [(place, rows) for place, _, rows in changed] == [(0, [1, 3])] * 2
 
 
 @pytest.mark.parametrize("name", [name for name in REGIONS if "two rows" not in name])
