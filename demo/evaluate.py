@@ -220,7 +220,7 @@ def localisation(demo: tuple, count: int = 120) -> dict[str, float]:
         done += 1
         picture, masks = scenes.draw(scene)
         caption = scene.caption()
-        maps = attention_maps(demo, torch.from_numpy(picture)[None] / 255.0, caption)[0]
+        maps = attention_maps(demo, torch.tensor(picture)[None] / 255.0, caption)[0]
         for word, mask in masks.items():
             m = maps[1 + caption.split().index(word)]
             m = F.interpolate(m[None, None], mask.shape, mode="bicubic")[0, 0].numpy()
@@ -273,7 +273,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=HERE / ".work")
     parser.add_argument("--weights", type=Path, default=HERE / "model.safetensors")
     parser.add_argument("--out", type=Path, default=HERE)
-    parser.add_argument("--samples", type=int, default=320)
+    parser.add_argument("--samples", type=int, default=240)
     parser.add_argument("--sheet-only", action="store_true")
     a = parser.parse_args()
     host()

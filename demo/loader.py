@@ -5,6 +5,7 @@ They are what the host's checkpoint loader would make: its U-Net, CLIP and VAE, 
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,9 @@ def _clip(weights: dict[str, Tensor], metadata: dict[str, Any]) -> comfy.sd.CLIP
     every[tokens[tokens >= 0]] = rows[tokens >= 0]
     weights[name] = every
     weights["text_projection.weight"] = torch.eye(rows.shape[1], dtype=rows.dtype)
-    clip = comfy.sd.CLIP(Target)
+    # Hosts that stream weights replace the tensors that they are given; these stay ours, as in older hosts.
+    streams = "disable_dynamic" in inspect.signature(comfy.sd.CLIP.__init__).parameters
+    clip = comfy.sd.CLIP(Target, **({"disable_dynamic": True} if streams else {}))
     missing, unexpected = clip.load_sd(weights)
     if missing or unexpected:
         raise RuntimeError(
@@ -137,6 +140,8 @@ def _vae(weights: dict[str, Tensor]) -> comfy.sd.VAE:
     network = AutoEncoder()
     network.load_state_dict(weights)
     vae.first_stage_model = network.requires_grad_(False).eval().to(vae.vae_dtype)
+    if hasattr(mm, "archive_model_dtypes"):
+        mm.archive_model_dtypes(network)
     vae.patcher = comfy.model_patcher.ModelPatcher(
         network, load_device=vae.device, offload_device=mm.vae_offload_device()
     )
