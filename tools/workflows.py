@@ -220,17 +220,18 @@ def refinement() -> Workflow:
 def reweighting() -> Workflow:
     """One word at four strengths; at c = 1 the picture is the source itself."""
     strengths = (-2, 0, 2)
-    prompt = "a castle on a snowy mountain"
+    prompt = "a house on a snowy street"
     nodes = {
         "note": note(
             "Re-weighting a word",
             "The prompt stays as it is; the attention of *snowy* is multiplied by c, from -2 to 2. At c = 1 "
-            "nothing changes, so that picture is the source.",
+            "nothing changes, so that picture is the source. The scale acts while cross-attention is injected, "
+            "so *cross_end* is 1 here: the whole run.",
             "another word in *Token Reweight*, or values in between.",
         ),
         **common(batch=1),
         "prompts": prompts(prompt, prompt),
-        "tau": tau(),
+        "tau": tau(cross_end=1.0),
     }
     rows = []
     for c in strengths:
