@@ -225,7 +225,7 @@ def reweighting() -> Workflow:
         "note": note(
             "Re-weighting a word",
             "The prompt stays as it is; the attention of *snowy* is multiplied by c, from -2 to 2. At c = 1 "
-            "nothing changes, so that picture is the source. The scale acts while cross-attention is injected, "
+            "nothing changes, so that picture is the source. The scale acts while attention is injected, "
             "so *cross_end* is 1 here: the whole run.",
             "another word in *Token Reweight*, or values in between.",
         ),
