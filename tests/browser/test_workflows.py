@@ -115,7 +115,7 @@ def test_a_failing_node_is_reported_with_its_message(editor):
         "dog"
     )
     editor.load(workflow, "broken")
-    with pytest.raises(ServerError, match="P2PTokenReweight.*dog.*castle"):
+    with pytest.raises(ServerError, match="P2PTokenReweight.*dog.*snowy"):
         editor.run()
 
 
