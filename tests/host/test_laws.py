@@ -173,7 +173,7 @@ PROMPTS = {
     "both long": (LONG, [LONG.replace("dog", "elephant")]),
     "targets of different lengths": ("a cat", ["a dog", LONG]),
     "weights": ("a (cat:1.3) riding a bicycle", ["a (dog:0.8) riding a (red:1.4) car"]),
-    "accents and emoji": ("a café 🎉", ["a naïve café"]),
+    "accents and emoji": ("a caf\u00e9 \U0001f389", ["a na\u00efve caf\u00e9"]),
 }
 prompts = pytest.mark.parametrize(("source", "targets"), PROMPTS.values(), ids=PROMPTS.keys())
 

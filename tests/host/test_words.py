@@ -55,8 +55,8 @@ def words_of(text, clip=SD1):
         (r"a cat \(sitting\)", ["a", "cat", "(", "sitting", ")"]),
         ("black-and-white", ["black", "-", "and", "-", "white"]),
         ("35mm f/1.8", ["3", "5", "mm", "f", "/", "1", ".", "8"]),
-        ("café naïve", ["café", "naïve"]),
-        ("a 🎉 party", ["a", "🎉", "party"]),
+        ("caf\u00e9 na\u00efve", ["caf\u00e9", "na\u00efve"]),
+        ("a \U0001f389 party", ["a", "\U0001f389", "party"]),
         ("antidisestablishmentarianism cat", ["antidisestablishmentarianism", "cat"]),
     ],
 )
@@ -66,7 +66,7 @@ def test_words_are_read_from_the_vocabulary_of_every_model_class(clip, text, wor
 
 @clips
 def test_tokens_are_the_positions_in_the_hosts_token_list(clip):
-    text = "a (photograph:1.2) of antidisestablishmentarianism, 🎉"
+    text = "a (photograph:1.2) of antidisestablishmentarianism, \U0001f389"
     prompt = prompt_of(text, clip)
     (tokens,) = chunks_of(text, clip)
     assert prompt.length == len(tokens) == 77
@@ -76,7 +76,7 @@ def test_tokens_are_the_positions_in_the_hosts_token_list(clip):
 
 
 def test_the_two_encoders_of_sdxl_agree_on_every_position():
-    text = "a (photograph:1.2) of antidisestablishmentarianism, 🎉 " + "red cat, " * 40
+    text = "a (photograph:1.2) of antidisestablishmentarianism, \U0001f389 " + "red cat, " * 40
     tokens = SDXL.tokenize(text)
     for left, right in zip(tokens["l"], tokens["g"], strict=True):
         end = [int(token[0]) for token in left].index(49407)

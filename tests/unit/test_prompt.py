@@ -59,13 +59,15 @@ def test_an_unfinished_word_at_the_end_is_kept():
     assert read_prompt("bi", [[START, "a</w>", "bi", END]]).words[-1] == Word("bi", (2,))
 
 
-@pytest.mark.parametrize("text", ["café", "naïve", "🎉", "猫", "straße", "don't", "½"])
+@pytest.mark.parametrize(
+    "text", ["caf\u00e9", "na\u00efve", "\U0001f389", "\u732b", "stra\u00dfe", "don't", "\u00bd"]
+)
 def test_words_are_read_as_people_write_them(text):
     prompt = read_prompt(text, [[START, spelled(text) + "</w>", END]])
     assert prompt.words[0].text == text
 
 
-@pytest.mark.parametrize("text", ["café", "🎉", "猫"])
+@pytest.mark.parametrize("text", ["caf\u00e9", "\U0001f389", "\u732b"])
 def test_a_letter_whose_bytes_are_spread_over_pieces_is_put_together(text):
     letters = spelled(text)
     prompt = read_prompt(text, [[START, *letters[:-1], letters[-1] + "</w>", END]])
