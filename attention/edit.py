@@ -84,11 +84,8 @@ class Edit:
                 f"target is {target}, but the edit has {len(self.targets)} targets; "
                 f"expected 0 (all) to {len(self.targets)}."
             )
-        phrases = split_words(words)
-        if not phrases:
-            raise ValueError("No word was given to re-weight; write one or more words of the target prompt.")
         targets = list(self.targets)
-        for phrase in phrases:
+        for phrase in words_to_reweight(words):
             for n, tokens in self.find_in_targets(phrase, target).items():
                 gain = targets[n].gain.clone()
                 gain[list(tokens)] *= scale
@@ -114,6 +111,14 @@ class Edit:
     def describe(self) -> str:
         """The alignment of every target, for people."""
         return "\n\n".join(target.describe(self.source.prompt) for target in self.targets)
+
+
+def words_to_reweight(words: str) -> list[str]:
+    """The words or phrases of a list separated by commas. Raises ValueError if there is none."""
+    phrases = split_words(words)
+    if not phrases:
+        raise ValueError("No word was given to re-weight; write one or more words of the target prompt.")
+    return phrases
 
 
 def coefficients(target: Target, weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,15 +18,7 @@ def load_pack() -> None:
     assert spec is not None and spec.loader is not None
     sys.modules["p2p"] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    from p2p.tools.env import find_host
-
-    sys.path.insert(0, str(find_host()))
     import torch
+    from p2p.tools.env import import_host
 
-    sys.argv = sys.argv[:1] + (
-        [] if torch.cuda.is_available() else ["--cpu", "--use-pytorch-cross-attention"]
-    )
-    import comfy.options
-
-    comfy.options.enable_args_parsing()
-    import comfy.cli_args  # noqa: F401  (reads sys.argv as it is imported)
+    import_host(*([] if torch.cuda.is_available() else ["--cpu", "--use-pytorch-cross-attention"]))

@@ -231,6 +231,12 @@ def psnr(a: Tensor, b: Tensor) -> float:
     return -10 * math.log10((a.clamp(-1, 1) - b).square().mean().item() / 4)
 
 
+def rebuilt_psnr(vae: AutoEncoder, pictures: Tensor) -> float:
+    """PSNR of pictures in -1..1 after encoding and decoding."""
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        return psnr(vae.decode(vae.encode(pictures)).float(), pictures)
+
+
 def train_vae(work: Path, total: int, batch: int = 16, stop: int | None = None) -> AutoEncoder:
     """Encoder and decoder together: pixels, edges, and noise on the latents so that they stay smooth."""
     torch.manual_seed(1)
@@ -253,11 +259,7 @@ def train_vae(work: Path, total: int, batch: int = 16, stop: int | None = None) 
         return {"loss": loss.item(), "psnr": -10 * math.log10(square.item() / 4)}
 
     def after(step: int) -> None:
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            print(
-                f"vae held-out PSNR {psnr(average.decode(average.encode(held)).float(), held):.2f} dB",
-                flush=True,
-            )
+        print(f"vae held-out PSNR {rebuilt_psnr(average, held):.2f} dB", flush=True)
 
     parts = {"model": model, "average": average, "optimizer": optimizer}
     Stage("vae", work, total, 1, parts).run(body, after, stop)
@@ -461,11 +463,7 @@ def tune_decoder(work: Path, total: int, vae: AutoEncoder, batch: int = 16) -> A
         return {"loss": loss.item(), "psnr": psnr(y.detach(), x)}
 
     def after(step: int) -> None:
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            print(
-                f"decoder held-out PSNR {psnr(average.decode(average.encode(held)).float(), held):.2f} dB",
-                flush=True,
-            )
+        print(f"decoder held-out PSNR {rebuilt_psnr(average, held):.2f} dB", flush=True)
 
     parts = {"model": model, "average": average, "optimizer": optimizer}
     Stage("decoder", work, total, 4, parts).run(body, after)

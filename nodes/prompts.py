@@ -7,9 +7,8 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..attention.alignment import MODES
-from ..attention.edit import GAIN_LIMIT, Edit
-from ..attention.prompt import split_words
-from ..sampling.encode import add_target, start_edit
+from ..attention.edit import GAIN_LIMIT, Edit, words_to_reweight
+from ..sampling.encode import add_target, check_prompt, start_edit
 from .types import CATEGORY, EditIO, check_options
 
 
@@ -25,9 +24,12 @@ def _mode_input() -> io.Combo.Input:
 
 def _check(mode: str | None, **prompts: str | None) -> bool | str:
     """Validation's answer for a mode and prompts that are widgets; None stands for one that is linked."""
-    for name, text in prompts.items():
-        if text is not None and not text.strip():
-            return f"The {name} prompt is empty; expected at least one word."
+    try:
+        for name, text in prompts.items():
+            if text is not None:
+                check_prompt(text, name)
+    except ValueError as error:
+        return str(error)
     return check_options(mode=(mode, MODES))
 
 
@@ -142,8 +144,11 @@ class TokenReweight(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, words: str | None = None) -> bool | str:
-        if words is not None and not split_words(words):
-            return "No word was given to re-weight; write one or more words of the target prompt."
+        try:
+            if words is not None:
+                words_to_reweight(words)
+        except ValueError as error:
+            return str(error)
         return True
 
     @classmethod

@@ -17,14 +17,19 @@ KEY = "prompt_to_prompt"
 _EMBEDDING = re.compile(r"embedding:(\S+?)(?=[\s,():]|$)")
 
 
+def check_prompt(text: str, role: str) -> None:
+    """Raise ValueError for an empty prompt; role is "source" or "target"."""
+    if not text.strip():
+        raise ValueError(f"The {role} prompt is empty; expected at least one word.")
+
+
 def encode(clip: Any, text: str, role: str) -> tuple[Prompt, list]:
     """Tokenize and encode a prompt with a ComfyUI CLIP object.
 
     role: "source" or "target", for messages. Returns the prompt's words and the host's CONDITIONING.
     Raises ValueError for an empty prompt and for text encoders without CLIP's vocabulary.
     """
-    if not text.strip():
-        raise ValueError(f"The {role} prompt is empty; expected at least one word.")
+    check_prompt(text, role)
     tokens = clip.tokenize(text)
     prompt = read_prompt(text, _pieces(clip, text))
     return prompt, clip.encode_from_tokens_scheduled(tokens)

@@ -66,6 +66,25 @@ def find_host() -> Path:
     return HOST_COPY
 
 
+def import_host(*arguments: str) -> None:
+    """Makes the host importable in this process; it then reads `arguments` as its command line.
+
+    Raises FileNotFoundError if the host is not built.
+    """
+    host = find_host()
+    if not is_host(host):
+        raise FileNotFoundError(f"no ComfyUI in {host}: run `make env` first, or set COMFYUI_PATH")
+    sys.path.insert(0, str(host))
+    argv, sys.argv = sys.argv, [sys.argv[0], *arguments]
+    try:
+        import comfy.options
+
+        comfy.options.enable_args_parsing()
+        import comfy.cli_args  # noqa: F401  (reads sys.argv as it is imported)
+    finally:
+        sys.argv = argv
+
+
 def build_host() -> Path:
     """Returns the host in use; makes our own copy first if that is the one."""
     host = find_host()

@@ -11,8 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import uuid
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .browser import Editor, open_editor
@@ -384,17 +383,7 @@ def build(editor: Editor, name: str) -> dict[str, Any]:
     }
     if placed != set(workflow.nodes):
         raise ValueError(f"workflow {name}: not laid out: {sorted(set(workflow.nodes) ^ placed)}")
-    described = {
-        key: {
-            "type": n.type,
-            "links": n.links,
-            "widgets": n.widgets,
-            "title": n.title,
-            "size": n.size,
-            "room": n.room,
-        }
-        for key, n in workflow.nodes.items()
-    }
+    described = {key: asdict(node) for key, node in workflow.nodes.items()}
     identity = str(uuid.uuid5(uuid.NAMESPACE_OID, f"{PACK}/{name}"))  # the same file from every build
     nodes = editor.page.evaluate(BUILD, [described, identity])
     groups = place(workflow, nodes)
@@ -411,7 +400,7 @@ def main() -> None:
     names = parser.parse_args().names
     with running_server(cpu=True) as server, open_editor(server) as editor:
         for name in names:
-            path = Path(WORKFLOWS / f"{name}.json")
+            path = WORKFLOWS / f"{name}.json"
             path.parent.mkdir(exist_ok=True)
             path.write_text(json.dumps(build(editor, name), indent=2) + "\n")
             print(f"wrote {path.relative_to(ROOT)}")

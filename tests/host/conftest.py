@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from p2p.tools.env import find_host, is_host
+from p2p.tools.env import import_host
 
-
-def import_host() -> None:
-    host = find_host()
-    if not is_host(host):
-        raise pytest.UsageError(f"no ComfyUI in {host}: run `make env` first, or set COMFYUI_PATH")
-    sys.path.insert(0, str(host))
-    argv, sys.argv = sys.argv, [sys.argv[0], "--cpu"]
-    try:
-        import comfy.options
-
-        comfy.options.enable_args_parsing()
-        import comfy.cli_args  # noqa: F401  (reads sys.argv as it is imported)
-    finally:
-        sys.argv = argv
-
-
-import_host()
+try:
+    import_host("--cpu")
+except FileNotFoundError as missing:
+    raise pytest.UsageError(str(missing)) from None
 torch.set_num_threads(1)  # several threads on a busy machine are many times slower than one
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import comfy.samplers
 import comfy.utils
+import pytest
 import torch
 from comfy_extras import nodes_custom_sampler as custom
 from p2p.attention.edit import Edit
@@ -33,6 +34,13 @@ FULL = TauSchedule(Window(0, 1), Window(0, 1), self_resolution=1.0)
 PART = TauSchedule(Window(0, 0.8), Window(0, 0.5), fade=0.3, self_resolution=1.0)
 
 TOLERANCE = 2e-3
+EDITED = 1e-2
+"""What differs by more was edited, as a fraction of the largest value."""
+
+HOST_WARNINGS = [
+    pytest.mark.filterwarnings("ignore:Should have t:UserWarning"),  # torchsde, on float noise
+    pytest.mark.filterwarnings("ignore:To copy construct:UserWarning"),  # the host's dpm_fast
+]
 
 
 def difference(found: Tensor, expected: Tensor) -> float:

@@ -21,8 +21,10 @@ from p2p.attention.schedule import TauSchedule, Window
 from p2p.sampling.controller import control
 from p2p.tests import naive
 from p2p.tests.host.runs import (
+    EDITED,
     EMPTY,
     FULL,
+    HOST_WARNINGS,
     PART,
     SOURCE,
     TARGET,
@@ -40,13 +42,7 @@ from p2p.tests.host.runs import (
 
 import nodes as host_nodes
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Should have t:UserWarning"),  # torchsde, on float noise
-    pytest.mark.filterwarnings("ignore:To copy construct:UserWarning"),  # the host's dpm_fast
-]
-
-EDITED = 1e-2
-"""What differs by more was edited, as a fraction of the largest value."""
+pytestmark = HOST_WARNINGS
 
 LONG = "a photo of " + ", ".join(
     f"{colour} {thing}"
@@ -539,6 +535,14 @@ def test_law_7_other_conditionings_run_untouched(studio, name):
     calls, changed = edited_rows(studio, make)
     assert calls > 1
     assert [(place, rows) for place, _, rows in changed] == [(0, [1, 3])]
+
+
+def test_an_edit_beside_a_longer_copy_of_itself_in_one_call_is_an_error_that_says_both_lengths(studio):
+    controlled, positive = control(studio.model, studio.edit(), FULL)
+    longer = [[torch.cat([cond, cond], dim=1), options] for cond, options in positive]
+    both = host_nodes.ConditioningCombine().combine(positive, longer)[0]
+    with pytest.raises(ValueError, match=r"\(77, 154\)"):
+        ksampler(controlled, both, studio.negative, studio.rows(studio.edit(), empty()), Settings())
 
 
 def test_law_7_where_a_negative_has_an_area_the_hosts_copy_of_the_pair_on_it_is_edited_too(studio):

@@ -10,8 +10,10 @@ import torch
 from comfy_extras import nodes_advanced_samplers, nodes_custom_sampler
 from p2p.sampling.controller import control
 from p2p.tests.host.runs import (
+    EDITED,
     EMPTY,
     FULL,
+    HOST_WARNINGS,
     PART,
     SAMPLERS,
     SCHEDULERS,
@@ -24,13 +26,7 @@ from p2p.tests.host.runs import (
     sampler_custom,
 )
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Should have t:UserWarning"),  # torchsde, on float noise
-    pytest.mark.filterwarnings("ignore:To copy construct:UserWarning"),  # the host's dpm_fast
-]
-
-TOLERANCE_OF_AN_EDIT = 1e-2
-"""What differs by more was edited, as a fraction of the largest value."""
+pytestmark = HOST_WARNINGS
 
 ONE_RUN_IS_NOT_ITS_PART_OF_A_BATCH = {
     "dpm_adaptive": "chooses its step sizes from the error of the whole batch: in the host itself a row of "
@@ -92,7 +88,7 @@ def test_law_3_no_tau_edit_or_gain_changes_a_bit_of_the_source(studio, settings)
     for changed_edit, tau in ((edit, FULL), (edit, PART), (other, PART)):
         changed_source, changed_target = studio.paired(changed_edit, tau, settings)
         assert torch.equal(changed_source, source)
-        assert difference(changed_target, target) > TOLERANCE_OF_AN_EDIT
+        assert difference(changed_target, target) > EDITED
 
 
 @pytest.mark.parametrize("name", ONE_RUN_IS_NOT_ITS_PART_OF_A_BATCH)
@@ -158,4 +154,4 @@ def test_law_3_on_every_sampler_node(studio, node):
 @pytest.mark.parametrize("node", [node for node in sampler_nodes() if node.id in UNTIED])
 def test_sampler_nodes_named_as_untied_are(studio, node):
     source, target = run_node(studio, node, studio.edit(SOURCE, SOURCE), FULL)
-    assert difference(target, source) > TOLERANCE_OF_AN_EDIT
+    assert difference(target, source) > EDITED
