@@ -29,10 +29,17 @@ def encode(clip: Any, text: str, role: str) -> tuple[Prompt, list]:
     role: "source" or "target", for messages. Returns the prompt's words and the host's CONDITIONING.
     Raises ValueError for an empty prompt and for text encoders without CLIP's vocabulary.
     """
+    prompt = read(clip, text, role)
+    return prompt, clip.encode_from_tokens_scheduled(clip.tokenize(text))
+
+
+def read(clip: Any, text: str, role: str) -> Prompt:
+    """The words of a prompt; raises what `encode` raises.
+
+    clip: a ComfyUI CLIP object, of which only `tokenize` and `tokenizer` are used.
+    """
     check_prompt(text, role)
-    tokens = clip.tokenize(text)
-    prompt = read_prompt(text, _pieces(clip, text))
-    return prompt, clip.encode_from_tokens_scheduled(tokens)
+    return read_prompt(text, _pieces(clip, text))
 
 
 def start_edit(clip: Any, source: str, target: str, mode: str) -> Edit:
