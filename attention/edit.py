@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .alignment import Alignment, align, token_mapping
 from .prompt import Prompt, WordNotFound, split_words
+from .schedule import TauSchedule
 
 GAIN_LIMIT = 2.0
 
@@ -33,6 +34,8 @@ class Target:
     mapping: M, (source tokens, target tokens): column j says where target token j takes its map from.
     inherits: (target tokens,), 1 where the column takes the source's map, 0 where it keeps its own.
     gain: (target tokens,), the re-weighting scale c of each token's map, 1 for none.
+    tau: a schedule of its own, instead of the run's.
+    label: what tells it from other targets of the same text.
     """
 
     prompt: Prompt
@@ -41,6 +44,8 @@ class Target:
     inherits: Tensor = field(repr=False)
     gain: Tensor = field(repr=False)
     conditioning: Any = field(default=None, repr=False)
+    tau: TauSchedule | None = None
+    label: str = ""
 
     @property
     def text(self) -> str:
@@ -90,6 +95,11 @@ class Edit:
                 gain = targets[n].gain.clone()
                 gain[list(tokens)] *= scale
                 targets[n] = replace(targets[n], gain=gain)
+        return replace(self, targets=tuple(targets))
+
+    def without_gain(self) -> Edit:
+        """This edit with every map at its own weight: c = 1."""
+        targets = (replace(target, gain=torch.ones_like(target.gain)) for target in self.targets)
         return replace(self, targets=tuple(targets))
 
     def find_in_targets(self, phrase: str, target: int = 0) -> dict[int, tuple[int, ...]]:

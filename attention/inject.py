@@ -6,7 +6,7 @@ t text tokens, d head width, L key tokens of a call (t, or t repeated).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,13 +42,34 @@ class Rows:
         return Rows(split(self.target), repeat(self.branch, "r -> (r p)", p=parts), split(self.origin))
 
 
-def paired_rows(batch: int, branches: int, offsets: list[int], size: int, device: torch.device) -> Rows:
-    """Rows of a model call whose chunks of `size` rows, from `offsets` on, tile (source, targets ...)."""
+@dataclass(frozen=True, eq=False)
+class SelfStep:
+    """Self-attention at one step: the targets that take the source's map, and how much of it.
+
+    weight: (r,), for each of rows.target, or None for all of it.
+    """
+
+    rows: Rows
+    weight: Tensor | None
+
+
+def paired_rows(
+    batch: int,
+    branches: int,
+    offsets: list[int],
+    size: int,
+    device: torch.device,
+    targets: Sequence[bool] | None = None,
+) -> Rows:
+    """Rows of a model call whose chunks of `size` rows, from `offsets` on, tile (source, targets ...).
+
+    targets: which of them take from their source, all by default; the rows of the others are left alone.
+    """
     origin = list(range(batch))
     target, branch = [], []
     for offset in offsets:
         for row in range(size):
-            if row % branches:
+            if row % branches and (targets is None or targets[row % branches - 1]):
                 target.append(offset + row)
                 branch.append(row % branches - 1)
                 origin[offset + row] = offset + row - row % branches
@@ -93,11 +114,19 @@ def cross_attention(
     return out.index_add(0, rows.target, rest)
 
 
-def _moved_values(values: Tensor, rows: Rows, moved: Tensor, weight: float, copies: int) -> Tensor:
+def self_step(rows: Rows, weights: Sequence[float], dtype: torch.dtype) -> SelfStep:
+    """rows: of the targets whose weight is above 0. weights: one for each target, from 0 to 1."""
+    if all(weight in (0.0, 1.0) for weight in weights):
+        return SelfStep(rows, None)
+    table = torch.tensor(weights, dtype=torch.float64).to(dtype).to(rows.branch.device)
+    return SelfStep(rows, table.index_select(0, rows.branch))
+
+
+def _moved_values(values: Tensor, rows: Rows, moved: Tensor, weight: Tensor, copies: int) -> Tensor:
     """M (from_source o V_t) for each copy of the conditioning, and weight o V_t for appended tokens."""
     tokens = moved.shape[1]
     copy = torch.bmm(moved.index_select(0, rows.branch), values[:, :tokens])
-    return torch.cat([*[copy] * copies, weight * values[:, copies * tokens :]], dim=1)
+    return torch.cat([*[copy] * copies, _per_row(weight, rows) * values[:, copies * tokens :]], dim=1)
 
 
 def _own_values(values: Tensor, rows: Rows, step: CrossStep, copies: int) -> Tensor:
@@ -105,26 +134,34 @@ def _own_values(values: Tensor, rows: Rows, step: CrossStep, copies: int) -> Ten
     assert step.own is not None
     own = repeat(step.own, "N t -> N (c t) 1", c=copies).index_select(0, rows.branch)
     text = own.shape[1]
-    return torch.cat([own * values[:, :text], (1.0 - step.weight) * values[:, text:]], dim=1)
+    rest = 1.0 - _per_row(step.weight, rows)
+    return torch.cat([own * values[:, :text], rest * values[:, text:]], dim=1)
+
+
+def _per_row(weight: Tensor, rows: Rows) -> Tensor:
+    """(N,) by target -> (r, 1, 1) by row."""
+    return weight.index_select(0, rows.branch)[:, None, None]
 
 
 def self_attention(
-    attend: Attention, attend_own: Attention, q: Tensor, k: Tensor, v: Tensor, rows: Rows, weight: float
+    attend: Attention, attend_own: Attention, q: Tensor, k: Tensor, v: Tensor, step: SelfStep
 ) -> Tensor:
     """Self-attention with the source's map in the target's rows, the values staying the target's own.
 
         weight softmax(Q_s K_s^T / sqrt(d)) V_t + (1 - weight) softmax(Q_t K_t^T / sqrt(d)) V_t
 
     Tiled attention, in which another node split each row of q (or of all three) into consecutive parts, takes
-    the matching parts of the source. Arguments as in `cross_attention`; weight in (0, 1].
+    the matching parts of the source. Arguments as in `cross_attention`.
     Source: Hertz et al. 2023, section 4 (self-attention injection); Tumanyan et al. 2023, section 4.
     """
-    queries, keys = (rows.expand(x.shape[0] // rows.origin.shape[0]) for x in (q, k))
+    parts = [x.shape[0] // step.rows.origin.shape[0] for x in (q, k)]
+    queries, keys = (step.rows.expand(n) for n in parts)
     out = attend(q.index_select(0, queries.origin), k.index_select(0, keys.origin), v)
-    if weight >= 1.0:
+    if step.weight is None:
         return out
     own = attend_own(
         q.index_select(0, queries.target), k.index_select(0, keys.target), v.index_select(0, keys.target)
     )
+    weight = step.weight.repeat_interleave(parts[0])[:, None, None].to(own.dtype)
     edited = torch.lerp(own, out.index_select(0, queries.target), weight)
     return out.index_copy(0, queries.target, edited)

@@ -19,23 +19,25 @@ class CrossStep:
 
     moved: M diag(from_source), (N, t, t), or None where no target takes anything from the source.
     own: (N, t), or None where no target keeps anything of its own.
-    weight: of the general window; for tokens that other nodes append inside the attention of both branches.
+    weight: (N,), of the general window; for tokens that other nodes append inside the attention of both
+        branches.
     """
 
     moved: Tensor | None
     own: Tensor | None
-    weight: float
+    weight: Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
     """All that attention needs to know of an edit; one entry per step of the run.
 
-    cross: None where cross-attention is left alone. self_: weight of the source's self-attention, 0 to 1.
+    cross: None where cross-attention is left alone.
+    self_: weight of the source's self-attention for each target, 0 to 1.
     """
 
     cross: tuple[CrossStep | None, ...]
-    self_: tuple[float, ...]
+    self_: tuple[tuple[float, ...], ...]
 
 
 def conditioning_length(edit: Edit) -> int:
@@ -48,6 +50,7 @@ def make_plan(
 ) -> Plan:
     """Work out the plan for `steps` steps, on the device and in the dtype of the attention's values.
 
+    tau: for the targets that have no schedule of their own.
     length: tokens of the conditioning, at least `conditioning_length(edit)`. Each prompt was repeated up to
     that multiple. Tokens beyond it were appended to both branches alike by a later node, so they are shared.
     """
@@ -55,27 +58,43 @@ def make_plan(
     if length < common:
         raise ValueError(f"The conditioning has {length} tokens, but the prompts of the edit need {common}.")
     mapping = torch.stack([_tiled_mapping(edit, target, common, length) for target in edit.targets])
-    made: dict[tuple[bytes, bytes], CrossStep | None] = {}
+    schedules = [target.tau or tau for target in edit.targets]
+    made: dict[tuple[bytes, ...], CrossStep | None] = {}
     cross = []
     for step in range(steps):
         progress = step / steps
-        table = [_tiled_coefficients(target, tau, progress, common, length) for target in edit.targets]
+        table = [
+            _tiled_coefficients(target, schedule, progress, common, length)
+            for target, schedule in zip(edit.targets, schedules, strict=True)
+        ]
         from_source, own = (torch.stack(column) for column in zip(*table, strict=True))
-        key = (from_source.numpy().tobytes(), own.numpy().tobytes())
+        weight = torch.tensor(
+            [schedule.cross.weight(progress, schedule.fade) for schedule in schedules], dtype=torch.float64
+        )
+        key = tuple(part.numpy().tobytes() for part in (from_source, own, weight))
         if key not in made:
-            weight = tau.cross.weight(progress, tau.fade)
             made[key] = _cross_step(mapping, from_source, own, weight, device, dtype)
         cross.append(made[key])
-    return Plan(tuple(cross), tuple(tau.self_weight(step / steps) for step in range(steps)))
+    self_ = tuple(
+        tuple(schedule.self_weight(step / steps) for schedule in schedules) for step in range(steps)
+    )
+    return Plan(tuple(cross), self_)
 
 
 def _cross_step(
-    mapping: Tensor, from_source: Tensor, own: Tensor, weight: float, device: torch.device, dtype: torch.dtype
+    mapping: Tensor,
+    from_source: Tensor,
+    own: Tensor,
+    weight: Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> CrossStep | None:
     if not from_source.any() and (own == 1.0).all():
         return None
     moved = (mapping * from_source[:, None, :]).to(dtype).to(device) if from_source.any() else None
-    return CrossStep(moved, own.to(dtype).to(device) if own.any() else None, weight)
+    return CrossStep(
+        moved, own.to(dtype).to(device) if own.any() else None, weight.to(dtype).to(device)
+    )
 
 
 def _tiled_mapping(edit: Edit, target: Target, common: int, length: int) -> Tensor:

@@ -18,40 +18,29 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ..attention.edit import Edit
-from ..attention.inject import Rows, cross_attention, paired_rows, self_attention
-from ..attention.plan import Plan, make_plan
-from ..attention.schedule import TauSchedule, step_of
+from ..attention.schedule import TauSchedule
 from .encode import KEY
+from .injection import BlockKey, Injection, PromptToPrompt
 from .noise import takes_noise_sampler, tied_noise_sampler, with_tied_inpainting
 from .pairing import check_rows, paired_conditioning, tie_rows
+from .run import Run, begin_call, run_of
+from .state import StateEdit, with_edited_state
 
-BlockKey = tuple[str, int, int]
 SUPPORTED = "SD1.x, SD2.x, SDXL and other models of ComfyUI's UNetModel class with cross-attention to text"
-
-
-@dataclass(eq=False)
-class Run:
-    """What one sampling run needs to remember; dropped at its end.
-
-    lengths: uuid of each of the pair's own conditioning entries -> its number of tokens.
-    injecting: whether the model calls that are under way belong to the pair's own prediction.
-    """
-
-    sigmas: list[float]
-    lengths: dict[uuid.UUID, int] = field(default_factory=dict)
-    injecting: bool = False
-    predicted: bool = False
-    plans: dict[tuple, Plan] = field(default_factory=dict)
-    rows: dict[tuple, Rows] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
 class Controller:
-    """One edit on its schedule, for one model: the wrappers that the host calls."""
+    """One edit, for one model: the wrappers that the host calls.
+
+    injection: what the targets take from their source in each forward of the model. state: what acts on the
+    sampler's state between steps, in this order. mark: what tells this controller's conditioning from others.
+    """
 
     edit: Edit
-    tau: TauSchedule
+    injection: Injection
     blocks: tuple[BlockKey, ...]
+    state: tuple[StateEdit, ...] = ()
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def install(self, model: Any) -> None:
@@ -78,7 +67,7 @@ class Controller:
         """Begin the run: check the batch, tie the pair's initial noise; drop the run's state at the end."""
         check_rows(noise.shape[0], self.edit.branches, "The latent")
         options = executor.class_obj.model_options.setdefault("transformer_options", {})
-        options[KEY] = Run(sigmas.tolist())
+        options[KEY] = Run(sigmas.tolist(), tuple(noise.shape), self.edit.branches)
         try:
             return executor(
                 tie_rows(noise, self.edit.branches), latent_image, sampler, sigmas, *args, **kwargs
@@ -98,7 +87,7 @@ class Controller:
         **kwargs: Any,
     ) -> Tensor:
         """Find the pair's conditioning, and give the sampler one noise per pair for its stochastic steps."""
-        run = _run(extra_args["model_options"])
+        run = run_of(extra_args["model_options"])
         if run is not None:
             run.lengths = self._own_conditionings(guider.conds)
         sampler = executor.class_obj
@@ -109,7 +98,14 @@ class Controller:
             draw = self._noise_sampler(function, options, noise, sigmas, extra_args)
             changed["extra_options"] = {**options, "noise_sampler": draw}
         if function is not None and getattr(sampler, "inpaint_options", {}).get("random", False):
-            changed["sampler_function"] = with_tied_inpainting(function, self.edit.branches)
+            function = changed["sampler_function"] = with_tied_inpainting(function, self.edit.branches)
+        if run is not None and self.state:
+            if function is None:
+                raise ValueError(
+                    f"The sampler {type(sampler).__name__} does not step through a state that could be "
+                    "edited; use one of ComfyUI's own samplers."
+                )
+            changed["sampler_function"] = with_edited_state(function, run, self.state)
         before = {name: getattr(sampler, name) for name in changed}
         try:
             for name, value in changed.items():
@@ -165,7 +161,7 @@ class Controller:
 
     def predict_noise(self, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Note that a new prediction begins; only its first pass over the pair's conditioning is edited."""
-        run = _run(executor.class_obj.model_options)
+        run = run_of(executor.class_obj.model_options)
         if run is not None:
             run.predicted = False
         return executor(*args, **kwargs)
@@ -174,7 +170,7 @@ class Controller:
         self, executor: Any, model: Any, conds: list, x_in: Tensor, timestep: Tensor, model_options: dict
     ) -> list[Tensor]:
         """Open the model for injection while the pair's own prediction is computed; not for other passes."""
-        run = _run(model_options)
+        run = run_of(model_options)
         if (
             run is None
             or run.predicted
@@ -198,95 +194,12 @@ class Controller:
         transformer_options: dict,
         **kwargs: Any,
     ) -> Tensor:
-        """Once per forward: the step, the pair's rows, and replacements for the attention of each block."""
-        replaced = self._replacements(x, context, transformer_options)
-        if replaced:
-            transformer_options = {**transformer_options, "patches_replace": replaced}
-        return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
-
-    def _replacements(self, x: Tensor, context: Tensor, options: dict) -> dict | None:
-        """`patches_replace` for this forward, or None where there is nothing to inject."""
-        run: Run | None = options.get(KEY)
-        if run is None or not run.injecting:
-            return None
-        chunks = options["uuids"]
-        own = [n for n, chunk in enumerate(chunks) if chunk in run.lengths]
-        if not own:
-            return None
-        size = x.shape[0] // len(chunks)
-        step = step_of(float(options["sigmas"][0]), run.sigmas)
-        lengths = {run.lengths[chunks[n]] for n in own}
-        if len(lengths) > 1:
-            raise ValueError(
-                "Conditionings of one Attention Controller meet in a model call with different numbers of "
-                f"tokens ({', '.join(map(str, sorted(lengths)))}); concatenate the same text to all of them."
-            )
-        (length,) = lengths
-        plan_key = (length, x.device, x.dtype)
-        if plan_key not in run.plans:
-            run.plans[plan_key] = make_plan(
-                self.edit, self.tau, len(run.sigmas) - 1, length, x.device, x.dtype
-            )
-        plan = run.plans[plan_key]
-        cross, weight = plan.cross[step], plan.self_[step]
-        if cross is None and weight == 0.0:
-            return None
-        rows_key = (x.shape[0], size, tuple(own), x.device)
-        if rows_key not in run.rows:
-            run.rows[rows_key] = paired_rows(
-                x.shape[0], self.edit.branches, [n * size for n in own], size, x.device
-            )
-        rows = run.rows[rows_key]
-        copies = context.shape[1] // length
-        replaced = {name: dict(patches) for name, patches in options.get("patches_replace", {}).items()}
-        if cross is not None:
-            self._replace(
-                replaced,
-                "attn2",
-                lambda attend, attend_own, q, k, v: cross_attention(
-                    attend, attend_own, q, k, v, rows, cross, copies
-                ),
-            )
-        if weight > 0.0:
-            cap = self.tau.self_resolution
-
-            def inject(attend: Callable, attend_own: Callable, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                parts = q.shape[0] // x.shape[0]
-                if _grid_fraction(q.shape[1] * parts, x) > cap:
-                    return attend(q, k, v)
-                return self_attention(attend, attend_own, q, k, v, rows, weight)
-
-            self._replace(replaced, "attn1", inject)
-        return replaced
-
-    def _replace(self, replaced: dict, name: str, inject: Callable) -> None:
-        """Put `inject` around whatever sits in the slot of each block, or around the host's own attention."""
-        slots = replaced.setdefault(name, {})
-        for block in self.blocks:
-            previous = slots.get(block, slots.get(block[:2]))
-            slots[block] = _around(previous, inject)
-
-
-def _around(previous: Callable | None, inject: Callable) -> Callable:
-    """A replacement in the host's form: q, k, v, extra_options -> attention's output."""
-
-    def replacement(q: Tensor, k: Tensor, v: Tensor, extra_options: dict) -> Tensor:
-        def attend_own(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return host_attention.optimized_attention(
-                q,
-                k,
-                v,
-                extra_options["n_heads"],
-                attn_precision=extra_options["attn_precision"],
-                transformer_options=extra_options,
-            )
-
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return attend_own(q, k, v) if previous is None else previous(q, k, v, extra_options)
-
-        return inject(attend, attend_own, q, k, v)
-
-    return replacement
+        """Once per forward: the step, the pair's rows, and what they take from the source."""
+        call = begin_call(x, context, transformer_options)
+        if call is None:
+            return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
+        with self.injection.injected(call) as options:
+            return executor(x, timesteps, context, y, control, options, **kwargs)
 
 
 def control(model: Any, edit: Edit, tau: TauSchedule) -> tuple[Any, list]:
@@ -301,7 +214,8 @@ def control(model: Any, edit: Edit, tau: TauSchedule) -> tuple[Any, list]:
             "The model already comes from an Attention Controller; connect the model from before it. "
             "One controller takes several targets."
         )
-    controller = Controller(edit, tau, cross_attention_blocks(model.get_model_object("diffusion_model")))
+    blocks = cross_attention_blocks(model.get_model_object("diffusion_model"))
+    controller = Controller(edit, PromptToPrompt(edit, tau, blocks), blocks)
     patched = model.clone()
     controller.install(patched)
     return patched, paired_conditioning(edit, controller.mark)
@@ -332,10 +246,6 @@ def cross_attention_blocks(diffusion_model: torch.nn.Module) -> tuple[BlockKey, 
     return tuple(blocks)
 
 
-def _run(model_options: dict) -> Run | None:
-    return model_options.get("transformer_options", {}).get(KEY)
-
-
 def _has_own_tensors(entry: dict) -> bool:
     """Whether a conditioning's tensors are those that its options were made with."""
     used, made = entry["model_conds"].get("c_crossattn"), entry.get("cross_attn")
@@ -348,9 +258,3 @@ def _begins_with(cond: Tensor, source: Tensor) -> bool:
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.to(b.device, b.dtype), b)
-
-
-def _grid_fraction(tokens: int, x: Tensor) -> float:
-    """Sides of a layer's grid of `tokens` as a fraction of the latent's, from the layer's downsampling."""
-    factor = round((x.shape[-2] * x.shape[-1] / tokens) ** 0.5)
-    return 1.0 / max(factor, 1)

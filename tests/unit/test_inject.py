@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from p2p.attention.alignment import MODES
 from p2p.attention.edit import Edit, Source
-from p2p.attention.inject import Rows, cross_attention, paired_rows, self_attention
+from p2p.attention.inject import Rows, cross_attention, paired_rows, self_attention, self_step
 from p2p.attention.plan import conditioning_length, make_plan
 from p2p.attention.schedule import TauSchedule, Window
 from p2p.tests import naive
@@ -26,6 +26,11 @@ def attend(q, k, v):
     """Ordinary attention, as any of the host's kernels."""
     q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=HEADS) for x in (q, k, v))
     return rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
+
+
+def evenly(rows, weight):
+    """One weight of the source's self-attention for all targets."""
+    return self_step(rows, [weight] * (int(rows.branch.max()) + 1), torch.float64)
 
 
 class Calls:
@@ -275,7 +280,7 @@ def test_self_attention_equals_the_materialised_formula(weight, pairs, branches,
     batch = uncond + pairs * branches
     q, k, v = tensors(batch, PIXELS, seed=5)
     rows = paired_rows(batch, branches, [uncond], pairs * branches, q.device)
-    found = self_attention(attend, attend, q, k, v, rows, weight)
+    found = self_attention(attend, attend, q, k, v, evenly(rows, weight))
     for row in range(batch):
         branch = (row - uncond) % branches if row >= uncond else 0
         expected = naive.self_row(
@@ -284,13 +289,33 @@ def test_self_attention_equals_the_materialised_formula(weight, pairs, branches,
         torch.testing.assert_close(found[row], expected, **EXACT)
 
 
+def test_each_target_takes_as_much_of_the_sources_self_attention_as_its_own_schedule_says():
+    q, k, v = tensors(8, PIXELS, seed=5)
+    weights = (1.0, 0.0, 0.3)
+    rows = paired_rows(8, 4, [0], 8, q.device, [weight > 0 for weight in weights])
+    found = self_attention(attend, attend, q, k, v, self_step(rows, weights, torch.float64))
+    for row in range(8):
+        branch = row % 4
+        weight = weights[branch - 1] if branch else 0.0
+        expected = naive.self_row(q[row - branch], k[row - branch], q[row], k[row], v[row], HEADS, weight)
+        torch.testing.assert_close(found[row], expected, **EXACT)
+
+
+def test_targets_on_hard_schedules_of_their_own_need_no_second_call():
+    q, k, v = tensors(4, PIXELS)
+    previous, own = Calls(), Calls()
+    rows = paired_rows(4, 4, [0], 4, q.device, [True, False, True])
+    self_attention(previous, own, q, k, v, self_step(rows, (1.0, 0.0, 1.0), torch.float64))
+    assert (previous.batches, own.batches) == ([4], [])
+
+
 def test_mistake_of_copying_self_attentions_output_the_targets_own_values_are_weighted():
     """Copying the output would give the target the source's appearance; the map alone gives its layout."""
     q, k, v = tensors(2, PIXELS)
-    found = self_attention(attend, attend, q, k, v, paired_rows(2, 2, [0], 2, q.device), 1.0)
+    found = self_attention(attend, attend, q, k, v, evenly(paired_rows(2, 2, [0], 2, q.device), 1.0))
     assert not torch.allclose(found[1], found[0], atol=1e-3)
     scaled = self_attention(
-        attend, attend, q, k, torch.stack([v[0], 3 * v[1]]), paired_rows(2, 2, [0], 2, q.device), 1.0
+        attend, attend, q, k, torch.stack([v[0], 3 * v[1]]), evenly(paired_rows(2, 2, [0], 2, q.device), 1.0)
     )
     torch.testing.assert_close(scaled[1], 3 * found[1], **EXACT)
     torch.testing.assert_close(scaled[0], found[0], **EXACT)
@@ -318,11 +343,12 @@ def test_rows_that_a_node_split_into_tiles_pair_tile_by_tile(parts):
     rows = paired_rows(5, 2, [1], 4, q.device)
     tiles = [rearrange(x, "b (p n) c -> (b p) n c", p=parts) for x in (q, k, v)]
     found = rearrange(
-        self_attention(attend, attend, *tiles, rows.expand(parts), 0.6), "(b p) n c -> b p n c", p=parts
+        self_attention(attend, attend, *tiles, evenly(rows, 0.6)), "(b p) n c -> b p n c", p=parts
     )
     for part in range(parts):
         each = [rearrange(x, "b (p n) c -> b p n c", p=parts)[:, part] for x in (q, k, v)]
-        torch.testing.assert_close(found[:, part], self_attention(attend, attend, *each, rows, 0.6), **EXACT)
+        expected = self_attention(attend, attend, *each, evenly(rows, 0.6))
+        torch.testing.assert_close(found[:, part], expected, **EXACT)
 
 
 # Manners
@@ -343,7 +369,7 @@ def test_what_sat_in_the_slot_before_is_called_once_with_the_whole_batch(fade):
     cross_attention(previous, own, q, k, v, rows, step)
     assert previous.batches == [4] and set(own.batches) <= {1}
     previous, own = Calls(), Calls()
-    self_attention(previous, own, q, k, v, rows, 1.0 - fade / 2)
+    self_attention(previous, own, q, k, v, evenly(rows, 1.0 - fade / 2))
     assert previous.batches == [4] and set(own.batches) <= {1}
 
 
@@ -361,7 +387,7 @@ def test_the_tensors_that_the_host_passes_are_not_modified(fade):
     q, k, v, rows, step = example(fade=fade)
     before = [x.clone() for x in (q, k, v)]
     cross_attention(attend, attend, q, k, v, rows, step)
-    self_attention(attend, attend, q, k, v, rows, 0.5)
+    self_attention(attend, attend, q, k, v, evenly(rows, 0.5))
     assert all(torch.equal(a, b) for a, b in zip(before, (q, k, v), strict=True))
 
 
@@ -376,10 +402,13 @@ def test_half_precision_stays_in_its_dtype_and_close(dtype, tolerance, fade):
     assert found.dtype == dtype
     wanted = cross_attention(attend, attend, *exact, rows, example(fade=fade)[4])
     torch.testing.assert_close(found.double(), wanted, rtol=tolerance, atol=tolerance)
-    found = self_attention(attend, attend, q, k, v, rows, 0.5)
+    found = self_attention(attend, attend, q, k, v, evenly(rows, 0.5))
     assert found.dtype == dtype
     torch.testing.assert_close(
-        found.double(), self_attention(attend, attend, *exact, rows, 0.5), rtol=tolerance, atol=tolerance
+        found.double(),
+        self_attention(attend, attend, *exact, evenly(rows, 0.5)),
+        rtol=tolerance,
+        atol=tolerance,
     )
 
 
@@ -399,7 +428,7 @@ def test_a_step_outside_every_window_leaves_attention_alone():
         edit, TauSchedule(Window(0.2, 0.5), Window(0.1, 0.3)), 10, WINDOW, torch.device("cpu"), torch.float32
     )
     assert [step is not None for step in plan.cross] == [False] * 2 + [True] * 3 + [False] * 5
-    assert list(plan.self_) == [0, 1, 1, 0, 0, 0, 0, 0, 0, 0]
+    assert list(plan.self_) == [(weight,) for weight in (0, 1, 1, 0, 0, 0, 0, 0, 0, 0)]
 
 
 def test_a_conditioning_shorter_than_the_prompts_is_refused_with_both_numbers():

@@ -1,0 +1,140 @@
+"""What a forward of the model takes from the source: attention's slots are filled for this one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import comfy.ldm.modules.attention as host_attention
+from torch import Tensor
+
+from ..attention.edit import Edit
+from ..attention.inject import SelfStep, cross_attention, self_attention, self_step
+from ..attention.plan import CrossStep, Plan, make_plan
+from ..attention.schedule import TauSchedule
+from .run import Call
+
+BlockKey = tuple[str, int, int]
+Replacement = Callable[[Tensor, Tensor, Tensor, dict], Tensor]
+"""In the host's form: q, k, v, extra_options -> attention's output."""
+Inject = Callable[[Callable, Callable, Tensor, Tensor, Tensor, dict], Tensor]
+"""attend (what was in the slot before), attend_own (the host's attention), q, k, v, extra_options."""
+
+
+class Injection(Protocol):
+    """A method of editing: what the targets' rows of a forward take from their source's."""
+
+    def injected(self, call: Call) -> AbstractContextManager[dict]:
+        """For the time of one forward: the transformer_options that it is to run with."""
+        ...
+
+    def cross_step(self, call: Call) -> CrossStep | None:
+        """How the call's cross-attention maps are edited, re-weighting left out; None where they are not."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class PromptToPrompt:
+    """Hertz et al. 2023: the source's cross- and self-attention maps, on a schedule."""
+
+    edit: Edit
+    tau: TauSchedule
+    blocks: tuple[BlockKey, ...]
+
+    @contextmanager
+    def injected(self, call: Call) -> Iterator[dict]:
+        if not call.own:
+            yield call.options
+            return
+        slots = Slots(call.options, self.blocks)
+        plan = self._plan(call, self.edit)
+        cross = plan.cross[call.step]
+        if cross is not None:
+            rows, copies = call.rows(call.own), call.copies
+            slots.fill(
+                "attn2",
+                lambda attend, attend_own, q, k, v, _: cross_attention(
+                    attend, attend_own, q, k, v, rows, cross, copies
+                ),
+            )
+        weights = plan.self_[call.step]
+        if any(weights):
+            caps = [(target.tau or self.tau).self_resolution for target in self.edit.targets]
+
+            def inject(
+                attend: Callable, attend_own: Callable, q: Tensor, k: Tensor, v: Tensor, _: dict
+            ) -> Tensor:
+                parts = q.shape[0] // call.x.shape[0]
+                grid = grid_fraction(q.shape[1] * parts, call.x)
+                here = tuple(w if grid <= cap else 0.0 for w, cap in zip(weights, caps, strict=True))
+                if not any(here):
+                    return attend(q, k, v)
+                return self_attention(attend, attend_own, q, k, v, _self_step(call, here, v))
+
+            slots.fill("attn1", inject)
+        yield slots.options
+
+    def cross_step(self, call: Call) -> CrossStep | None:
+        return self._plan(call, self.edit.without_gain()).cross[call.step]
+
+    def _plan(self, call: Call, edit: Edit) -> Plan:
+        plain = all(bool((target.gain == 1.0).all()) for target in edit.targets)
+        key = ("plan", call.length, call.x.device, call.x.dtype, plain)
+        if key not in call.run.made:
+            call.run.made[key] = make_plan(
+                edit, self.tau, call.run.steps, call.length, call.x.device, call.x.dtype
+            )
+        return call.run.made[key]
+
+
+def _self_step(call: Call, weights: tuple[float, ...], like: Tensor) -> SelfStep:
+    rows = call.rows(call.own, tuple(weight > 0.0 for weight in weights))
+    key = ("self", rows, weights, like.dtype)
+    if key not in call.run.made:
+        call.run.made[key] = self_step(rows, weights, like.dtype)
+    return call.run.made[key]
+
+
+class Slots:
+    """The slots for attention replacements of one forward; what other nodes put there is kept and called."""
+
+    def __init__(self, options: dict, blocks: tuple[BlockKey, ...]):
+        self._blocks = blocks
+        self._replaced = {
+            name: dict(patches) for name, patches in options.get("patches_replace", {}).items()
+        }
+        self.options = {**options, "patches_replace": self._replaced}
+
+    def fill(self, name: str, inject: Inject, blocks: tuple[BlockKey, ...] | None = None) -> None:
+        """Put `inject` around whatever sits in the slot "attn1" or "attn2" of the blocks, all by default."""
+        slots = self._replaced.setdefault(name, {})
+        for block in self._blocks if blocks is None else blocks:
+            slots[block] = _around(slots.get(block, slots.get(block[:2])), inject)
+
+
+def _around(previous: Replacement | None, inject: Inject) -> Replacement:
+    def replacement(q: Tensor, k: Tensor, v: Tensor, extra_options: dict) -> Tensor:
+        def attend_own(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return host_attention.optimized_attention(
+                q,
+                k,
+                v,
+                extra_options["n_heads"],
+                attn_precision=extra_options["attn_precision"],
+                transformer_options=extra_options,
+            )
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attend_own(q, k, v) if previous is None else previous(q, k, v, extra_options)
+
+        return inject(attend, attend_own, q, k, v, extra_options)
+
+    return replacement
+
+
+def grid_fraction(tokens: int, x: Tensor) -> float:
+    """Sides of a layer's grid of `tokens` as a fraction of the latent's, from the layer's downsampling."""
+    factor = round((x.shape[-2] * x.shape[-1] / tokens) ** 0.5)
+    return 1.0 / max(factor, 1)

@@ -1,0 +1,107 @@
+"""What one sampling run needs to remember, and what one forward of the model looks like from inside it."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..attention.inject import Rows, paired_rows
+from ..attention.schedule import step_of
+from .encode import KEY
+
+if TYPE_CHECKING:
+    from .maps import MapStore
+
+
+@dataclass(eq=False)
+class Run:
+    """One sampling run; dropped at its end. It travels in the run's own `transformer_options`.
+
+    sigmas: the run's list. shape: of the sampler's batch, (pairs x branches, channels, height, width).
+    branches: rows of a pair. maps: the words' maps, if they are wanted.
+    lengths: uuid of each of the pair's own conditioning entries -> its number of tokens.
+    injecting: whether the model calls under way belong to the pair's own prediction.
+    predicted: whether that prediction was already made for this call of the sampler.
+    made: what is worked out once per run, by key.
+    """
+
+    sigmas: list[float]
+    shape: tuple[int, ...]
+    branches: int
+    maps: MapStore | None = None
+    lengths: dict[uuid.UUID, int] = field(default_factory=dict)
+    injecting: bool = False
+    predicted: bool = False
+    made: dict[tuple, Any] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> int:
+        return len(self.sigmas) - 1
+
+
+def run_of(options: dict) -> Run | None:
+    """The run that `model_options` belong to."""
+    return options.get("transformer_options", {}).get(KEY)
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One forward of the diffusion model within the pair's own prediction.
+
+    x (b, channels, height, width): the batch, `chunks` conditionings of `size` rows each. context (b, L, c).
+    options: the forward's transformer_options. own: chunks that are the pair's positive conditioning; the
+    others of this prediction are its negative ones, or other nodes'.
+    """
+
+    run: Run
+    x: Tensor
+    context: Tensor
+    options: dict
+    step: int
+    chunks: int
+    own: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return self.x.shape[0] // self.chunks
+
+    @property
+    def length(self) -> int:
+        """Tokens of the pair's own conditioning, which the host may have repeated in `context`."""
+        uuids = self.options["uuids"]
+        lengths = {self.run.lengths[uuids[n]] for n in self.own}
+        if len(lengths) > 1:
+            raise ValueError(
+                "Conditionings of one Attention Controller meet in a model call with different numbers of "
+                f"tokens ({', '.join(map(str, sorted(lengths)))}); concatenate the same text to all of them."
+            )
+        return lengths.pop()
+
+    @property
+    def copies(self) -> int:
+        """How often `context` repeats the pair's own conditioning, beside a longer negative prompt."""
+        return self.context.shape[1] // self.length
+
+    def rows(self, chunks: tuple[int, ...], targets: tuple[bool, ...] | None = None) -> Rows:
+        """The targets' rows in some of the chunks; of all targets, or of those that are true in `targets`."""
+        key = ("rows", self.x.shape[0], self.size, chunks, targets, self.x.device)
+        if key not in self.run.made:
+            offsets = [n * self.size for n in chunks]
+            self.run.made[key] = paired_rows(
+                self.x.shape[0], self.run.branches, offsets, self.size, self.x.device, targets
+            )
+        return self.run.made[key]
+
+
+def begin_call(x: Tensor, context: Any, options: dict) -> Call | None:
+    """What this forward is to the run, or None where it is not part of the pair's own prediction."""
+    run: Run | None = options.get(KEY)
+    if run is None or not run.injecting:
+        return None
+    uuids = options["uuids"]
+    own = tuple(n for n, chunk in enumerate(uuids) if chunk in run.lengths)
+    step = step_of(float(options["sigmas"][0]), run.sigmas)
+    return Call(run, x, context, options, step, len(uuids), own)
