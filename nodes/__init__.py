@@ -5,6 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from .control import AttentionController, TauScheduler
 from .demo import DemoModel
 from .grid import ComparisonGrid
+from .invert import InvertImage
 from .prompts import AddTarget, PromptPair, TokenReweight
 from .sample import PairedLatent, PairedSampler, SplitBranches
 
@@ -17,6 +18,7 @@ NODES: list[type[io.ComfyNode]] = [
     PairedLatent,
     PairedSampler,
     SplitBranches,
+    InvertImage,
     ComparisonGrid,
     DemoModel,
 ]

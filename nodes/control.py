@@ -5,11 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 from comfy_api.latest import io
+from torch import Tensor
 
+from ..attention.blend import LocalBlend, read_blend
 from ..attention.edit import Edit
 from ..attention.schedule import TauSchedule, Window, parse_word_windows
 from ..sampling.controller import control
-from .types import CATEGORY, EditIO, TauIO
+from ..sampling.maps import MapsHandle
+from ..sampling.trajectory import Trajectory
+from .types import (
+    CATEGORY,
+    MAPS_OUTPUT,
+    BlendIO,
+    EditIO,
+    MapsIO,
+    TauIO,
+    blend_input,
+    is_wired,
+    trajectory_input,
+)
 
 
 def _fraction(name: str, default: float, tooltip: str) -> io.Float.Input:
@@ -108,6 +122,76 @@ class TauScheduler(io.ComfyNode):
         )
 
 
+class LocalBlendNode(io.ComfyNode):
+    """Where the targets may differ from their source."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="P2PLocalBlend",
+            display_name="Local Blend",
+            category=CATEGORY,
+            description="Keeps the targets equal to the source outside of the regions that words look at, "
+            "outside of a mask, or of both.",
+            inputs=[
+                io.String.Input(
+                    "words",
+                    default="",
+                    tooltip="Words or phrases of the target whose regions may change, separated by commas.",
+                ),
+                io.String.Input(
+                    "source_words",
+                    default="",
+                    tooltip="Words or phrases of the source whose regions may change: what is taken away.",
+                ),
+                io.String.Input(
+                    "exclude",
+                    default="",
+                    tooltip="Words or phrases of either prompt whose regions must not change.",
+                ),
+                _fraction(
+                    "threshold",
+                    0.3,
+                    "How strongly a word must look at a pixel, as a fraction of its maximum: lower takes in "
+                    "more, higher keeps more of the source.",
+                ),
+                _fraction(
+                    "start",
+                    0.2,
+                    "The part of the run that goes by before the blend begins: later lets shapes settle first.",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="White where the targets may change; with words, both must allow it.",
+                ),
+                io.Float.Input(
+                    "softness",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="Width of the regions' soft edge around the threshold; 0 for a hard edge.",
+                ),
+            ],
+            outputs=[BlendIO.Output("blend", display_name="blend")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        words: str,
+        source_words: str,
+        exclude: str,
+        threshold: float,
+        start: float,
+        mask: Tensor | None = None,
+        softness: float = 0.0,
+    ) -> io.NodeOutput:
+        return io.NodeOutput(read_blend(words, source_words, exclude, threshold, start, softness, mask))
+
+
 class AttentionController(io.ComfyNode):
     """A model that samples source and targets side by side, for stock samplers."""
 
@@ -125,13 +209,25 @@ class AttentionController(io.ComfyNode):
                 ),
                 EditIO.Input("edit"),
                 TauIO.Input("tau"),
+                blend_input(),
+                trajectory_input(),
             ],
             outputs=[
                 io.Model.Output("controlled", display_name="model"),
                 io.Conditioning.Output("positive", display_name="positive"),
+                MapsIO.Output("maps", display_name="maps"),
             ],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, model: Any, edit: Edit, tau: TauSchedule) -> io.NodeOutput:
-        return io.NodeOutput(*control(model, edit, tau))
+    def execute(
+        cls,
+        model: Any,
+        edit: Edit,
+        tau: TauSchedule,
+        blend: LocalBlend | None = None,
+        trajectory: Trajectory | None = None,
+    ) -> io.NodeOutput:
+        maps = MapsHandle(wanted=is_wired(cls.hidden.prompt, cls.hidden.unique_id, MAPS_OUTPUT))
+        return io.NodeOutput(*control(model, edit, tau, blend, trajectory, maps), maps)

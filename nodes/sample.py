@@ -8,11 +8,24 @@ import comfy.samplers
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..attention.blend import LocalBlend
 from ..attention.edit import Edit
 from ..attention.schedule import TauSchedule
+from ..sampling.maps import MapsHandle
 from ..sampling.pairing import check_rows, paired_latent, split_rows
 from ..sampling.sampler import sample_pairs
-from .types import CATEGORY, EditIO, TauIO, check_options
+from ..sampling.trajectory import Trajectory
+from .types import (
+    CATEGORY,
+    MAPS_OUTPUT,
+    EditIO,
+    MapsIO,
+    TauIO,
+    blend_input,
+    check_options,
+    is_wired,
+    trajectory_input,
+)
 
 
 class PairedLatent(io.ComfyNode):
@@ -91,11 +104,15 @@ class PairedSampler(io.ComfyNode):
                     step=0.01,
                     tooltip="1 starts from pure noise; less starts from the latent, as in KSampler.",
                 ),
+                blend_input(),
+                trajectory_input(),
             ],
             outputs=[
                 io.Latent.Output("source", display_name="source"),
                 io.Latent.Output("targets", display_name="targets"),
+                MapsIO.Output("maps", display_name="maps"),
             ],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
         )
 
     @classmethod
@@ -119,11 +136,28 @@ class PairedSampler(io.ComfyNode):
         sampler_name: str,
         scheduler: str,
         denoise: float,
+        blend: LocalBlend | None = None,
+        trajectory: Trajectory | None = None,
     ) -> io.NodeOutput:
+        maps = MapsHandle(wanted=is_wired(cls.hidden.prompt, cls.hidden.unique_id, MAPS_OUTPUT))
         return io.NodeOutput(
             *sample_pairs(
-                model, edit, tau, negative, latent, seed, steps, cfg, sampler_name, scheduler, denoise
-            )
+                model,
+                edit,
+                tau,
+                negative,
+                latent,
+                seed,
+                steps,
+                cfg,
+                sampler_name,
+                scheduler,
+                denoise,
+                blend,
+                trajectory,
+                maps,
+            ),
+            maps,
         )
 
 

@@ -5,9 +5,36 @@ from collections.abc import Sequence
 from comfy_api.latest import io
 
 CATEGORY = "prompt-to-prompt"
+MAPS_OUTPUT = 2
+"""Which output of the nodes that sample, or make a model that samples, carries the maps."""
 
 EditIO = io.Custom("P2P_EDIT")
 TauIO = io.Custom("P2P_TAU")
+BlendIO = io.Custom("P2P_BLEND")
+MapsIO = io.Custom("P2P_MAPS")
+TrajectoryIO = io.Custom("P2P_TRAJECTORY")
+
+
+def blend_input() -> io.Input:
+    return BlendIO.Input(
+        "blend", optional=True, tooltip="From Local Blend: the targets stay the source outside of its region."
+    )
+
+
+def trajectory_input() -> io.Input:
+    return TrajectoryIO.Input(
+        "trajectory",
+        optional=True,
+        tooltip="From Invert Image: edits that picture. The run starts from its noise, whatever the seed, "
+        "and the source stays on its trajectory. Needs its steps and scheduler, and euler, ddim or "
+        "euler_cfg_pp.",
+    )
+
+
+def is_wired(prompt: dict | None, node: str | None, output: int) -> bool:
+    """Whether an output of a node goes anywhere in the prompt that is being executed."""
+    inputs = (value for entry in (prompt or {}).values() for value in entry.get("inputs", {}).values())
+    return any(isinstance(value, list) and value == [node, output] for value in inputs)
 
 
 def check_options(**choices: tuple[str | None, Sequence[str]]) -> bool | str:

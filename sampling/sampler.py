@@ -11,10 +11,13 @@ import latent_preview
 import torch
 from torch import Tensor
 
+from ..attention.blend import LocalBlend
 from ..attention.edit import Edit
 from ..attention.schedule import TauSchedule
 from .controller import control
+from .maps import MapsHandle
 from .pairing import paired_latent, split_rows
+from .trajectory import Trajectory
 
 
 def sample_pairs(
@@ -29,12 +32,15 @@ def sample_pairs(
     sampler_name: str,
     scheduler: str,
     denoise: float,
+    blend: LocalBlend | None = None,
+    trajectory: Trajectory | None = None,
+    maps: MapsHandle | None = None,
 ) -> tuple[dict, dict]:
-    """Sample every item of an unpaired LATENT as a pair.
+    """Sample every item of an unpaired LATENT as a pair; with a trajectory, from its noise and not a seed's.
 
     Returns the sources' LATENT, item by item, and the targets', all targets of an item in a row.
     """
-    patched, positive = control(model, edit, tau)
+    patched, positive = control(model, edit, tau, blend, trajectory, maps)
     paired = paired_latent(latent, edit.branches)
     image = comfy.sample.fix_empty_latent_channels(patched, paired["samples"])
     samples = comfy.sample.sample(

@@ -1,0 +1,104 @@
+"""A picture to edit: back to the noise that it would be sampled from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.samplers
+from comfy_api.latest import io
+
+from ..sampling.invert import invert
+from ..sampling.trajectory import RECONSTRUCTIONS
+from .types import CATEGORY, TrajectoryIO, check_options
+
+
+class InvertImage(io.ComfyNode):
+    """The trajectory that leads from noise to a given picture."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="P2PInvert",
+            display_name="Invert Image",
+            category=CATEGORY,
+            description="Runs a picture backwards to noise (DDIM inversion), so that it can be edited like a "
+            "generated one: connect trajectory to Paired Sampler or Attention Controller.",
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="The model that will sample, from before any Attention Controller."
+                ),
+                io.Conditioning.Input("positive", tooltip="The source prompt: what the picture shows."),
+                io.Latent.Input("latent", tooltip="The picture, from VAE Encode. A batch shares the prompt."),
+                io.Int.Input(
+                    "steps",
+                    default=20,
+                    min=1,
+                    max=10000,
+                    tooltip="As in the sampler; for a denoise below 1 there, its steps / denoise.",
+                ),
+                io.Combo.Input(
+                    "scheduler",
+                    options=comfy.samplers.KSampler.SCHEDULERS,
+                    tooltip="As in the sampler.",
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=1.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    optional=True,
+                    tooltip="Guidance of the inversion; 1 is none, as published. Other values need negative.",
+                ),
+                io.Int.Input(
+                    "refinement",
+                    default=0,
+                    min=0,
+                    max=50,
+                    optional=True,
+                    tooltip="Rounds of fixed-point iteration per step: the noise gives the picture back more "
+                    "closely, at one more model call per round. 0 is plain DDIM inversion.",
+                ),
+                io.Combo.Input(
+                    "reconstruction",
+                    options=list(RECONSTRUCTIONS),
+                    default=RECONSTRUCTIONS[0],
+                    optional=True,
+                    tooltip="How the source stays the picture. direct: its latent is put back on the "
+                    "trajectory at every step, which is exact. negative prompt: the source prompt serves as "
+                    "the source's negative prompt, which is approximate.",
+                ),
+                io.Conditioning.Input(
+                    "negative", optional=True, tooltip="Negative prompt, needed for a cfg other than 1."
+                ),
+            ],
+            outputs=[
+                TrajectoryIO.Output("trajectory", display_name="trajectory"),
+                io.Latent.Output("noise", display_name="noise"),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, scheduler: str | None = None, reconstruction: str | None = None) -> bool | str:
+        return check_options(
+            scheduler=(scheduler, comfy.samplers.KSampler.SCHEDULERS),
+            reconstruction=(reconstruction, RECONSTRUCTIONS),
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        positive: list,
+        latent: dict,
+        steps: int,
+        scheduler: str,
+        cfg: float = 1.0,
+        refinement: int = 0,
+        reconstruction: str = RECONSTRUCTIONS[0],
+        negative: list | None = None,
+    ) -> io.NodeOutput:
+        return io.NodeOutput(
+            *invert(model, positive, latent, steps, scheduler, cfg, refinement, negative, reconstruction)
+        )
