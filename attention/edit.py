@@ -35,7 +35,6 @@ class Target:
     inherits: (target tokens,), 1 where the column takes the source's map, 0 where it keeps its own.
     gain: (target tokens,), the re-weighting scale c of each token's map, 1 for none.
     tau: a schedule of its own, instead of the run's.
-    label: what tells it from other targets of the same text.
     """
 
     prompt: Prompt
@@ -45,15 +44,10 @@ class Target:
     gain: Tensor = field(repr=False)
     conditioning: Any = field(default=None, repr=False)
     tau: TauSchedule | None = None
-    label: str = ""
 
     @property
     def text(self) -> str:
         return self.prompt.text
-
-    def describe(self, source: Prompt) -> str:
-        """How it is aligned to the source, for people."""
-        return self.alignment.describe(source, self.prompt)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +60,12 @@ class Edit:
     @property
     def branches(self) -> int:
         return 1 + len(self.targets)
+
+    @property
+    def tokens(self) -> tuple[tuple[int, ...], ...]:
+        """Positions of each branch's word tokens: all but start, end and padding."""
+        prompts = (self.source.prompt, *(target.prompt for target in self.targets))
+        return tuple(tuple(token for word in prompt.words for token in word.tokens) for prompt in prompts)
 
     def with_target(self, prompt: Prompt, mode: str, conditioning: Any = None) -> Edit:
         """This edit with one more target, aligned to the source."""
@@ -117,10 +117,6 @@ class Edit:
         if not found and error is not None:
             raise error
         return found
-
-    def describe(self) -> str:
-        """The alignment of every target, for people."""
-        return "\n\n".join(target.describe(self.source.prompt) for target in self.targets)
 
 
 def words_to_reweight(words: str) -> list[str]:

@@ -2,22 +2,27 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from .control import AttentionController, TauScheduler
+from .control import AttentionController, LocalBlendNode, TauScheduler
 from .demo import DemoModel
 from .grid import ComparisonGrid
 from .invert import InvertImage
+from .maps import AttentionMaps
 from .prompts import AddTarget, PromptPair, TokenReweight
 from .sample import PairedLatent, PairedSampler, SplitBranches
+from .sweep import TauSweep
 
 NODES: list[type[io.ComfyNode]] = [
     PromptPair,
     AddTarget,
     TokenReweight,
     TauScheduler,
+    TauSweep,
+    LocalBlendNode,
     AttentionController,
     PairedLatent,
     PairedSampler,
     SplitBranches,
+    AttentionMaps,
     InvertImage,
     ComparisonGrid,
     DemoModel,

@@ -158,7 +158,7 @@ class LocalBlendNode(io.ComfyNode):
                 _fraction(
                     "start",
                     0.2,
-                    "The part of the run that goes by before the blend begins: later lets shapes settle first.",
+                    "The part of the run that goes by before the blend begins: later lets shapes settle.",
                 ),
                 io.Mask.Input(
                     "mask",
@@ -229,5 +229,5 @@ class AttentionController(io.ComfyNode):
         blend: LocalBlend | None = None,
         trajectory: Trajectory | None = None,
     ) -> io.NodeOutput:
-        maps = MapsHandle(wanted=is_wired(cls.hidden.prompt, cls.hidden.unique_id, MAPS_OUTPUT))
+        maps = MapsHandle(wanted=is_wired(cls.hidden, MAPS_OUTPUT))
         return io.NodeOutput(*control(model, edit, tau, blend, trajectory, maps), maps)

@@ -139,7 +139,7 @@ class PairedSampler(io.ComfyNode):
         blend: LocalBlend | None = None,
         trajectory: Trajectory | None = None,
     ) -> io.NodeOutput:
-        maps = MapsHandle(wanted=is_wired(cls.hidden.prompt, cls.hidden.unique_id, MAPS_OUTPUT))
+        maps = MapsHandle(wanted=is_wired(cls.hidden, MAPS_OUTPUT))
         return io.NodeOutput(
             *sample_pairs(
                 model,

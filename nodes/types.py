@@ -1,6 +1,7 @@
 """The values that travel between this pack's nodes."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from comfy_api.latest import io
 
@@ -31,10 +32,15 @@ def trajectory_input() -> io.Input:
     )
 
 
-def is_wired(prompt: dict | None, node: str | None, output: int) -> bool:
-    """Whether an output of a node goes anywhere in the prompt that is being executed."""
-    inputs = (value for entry in (prompt or {}).values() for value in entry.get("inputs", {}).values())
-    return any(isinstance(value, list) and value == [node, output] for value in inputs)
+def is_wired(hidden: Any, output: int) -> bool:
+    """Whether an output of the node goes anywhere in the prompt that is being executed.
+
+    hidden: the node's hidden inputs `prompt` and `unique_id`, or None outside of the host.
+    """
+    if hidden is None or not hidden.prompt:
+        return False
+    inputs = (value for entry in hidden.prompt.values() for value in entry.get("inputs", {}).values())
+    return any(isinstance(value, list) and value == [hidden.unique_id, output] for value in inputs)
 
 
 def check_options(**choices: tuple[str | None, Sequence[str]]) -> bool | str:

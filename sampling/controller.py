@@ -13,18 +13,23 @@ from typing import Any
 
 import comfy.ldm.modules.attention as host_attention
 import torch
-from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, UNetModel, Upsample
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
+from ..attention.blend import LocalBlend, regions, tokens_of
 from ..attention.edit import Edit
+from ..attention.maps import Tokens
 from ..attention.schedule import TauSchedule
+from .blend import BlendState
 from .encode import KEY
 from .injection import BlockKey, Injection, PromptToPrompt
+from .maps import MapsHandle, MapStore, nearest
 from .noise import takes_noise_sampler, tied_noise_sampler, with_tied_inpainting
-from .pairing import check_rows, paired_conditioning, tie_rows
+from .pairing import check_rows, paired_conditioning, tie_rows, unguided_sources
 from .run import Run, begin_call, run_of
 from .state import StateEdit, with_edited_state
+from .trajectory import Followed, Trajectory, follow
 
 SUPPORTED = "SD1.x, SD2.x, SDXL and other models of ComfyUI's UNetModel class with cross-attention to text"
 
@@ -33,14 +38,21 @@ SUPPORTED = "SD1.x, SD2.x, SDXL and other models of ComfyUI's UNetModel class wi
 class Controller:
     """One edit, for one model: the wrappers that the host calls.
 
-    injection: what the targets take from their source in each forward of the model. state: what acts on the
-    sampler's state between steps, in this order. mark: what tells this controller's conditioning from others.
+    injection: what the targets take from their source in each forward of the model.
+    blocks: the model's transformer blocks, with the downsampling of each.
+    maps: where the words' maps go. reads: tokens whose maps `state` needs during the run, or None.
+    state: what acts on the sampler's state between steps, in this order.
+    follows: the trajectory that the sources are kept on, one of `state`.
+    mark: what tells this controller's conditioning from others.
     """
 
     edit: Edit
     injection: Injection
-    blocks: tuple[BlockKey, ...]
+    blocks: dict[BlockKey, int]
+    maps: MapsHandle
+    reads: Tokens | None = None
     state: tuple[StateEdit, ...] = ()
+    follows: Followed | None = None
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def install(self, model: Any) -> None:
@@ -66,14 +78,35 @@ class Controller:
     ) -> Tensor:
         """Begin the run: check the batch, tie the pair's initial noise; drop the run's state at the end."""
         check_rows(noise.shape[0], self.edit.branches, "The latent")
+        run = Run(sigmas.tolist(), tuple(noise.shape), self.edit.branches, self._map_store())
+        if self.follows is not None:
+            self.follows.begin(run, noise, sampler, args[0] if args else kwargs.get("denoise_mask"))
         options = executor.class_obj.model_options.setdefault("transformer_options", {})
-        options[KEY] = Run(sigmas.tolist(), tuple(noise.shape), self.edit.branches)
+        options[KEY] = run
+        guider = executor.class_obj
         try:
-            return executor(
+            samples = executor(
                 tie_rows(noise, self.edit.branches), latent_image, sampler, sigmas, *args, **kwargs
             )
         finally:
             options.pop(KEY, None)
+        self.maps.record(
+            samples,
+            run.maps.finish(run) if run.maps is not None and self.maps.wanted else None,
+            lambda: guider.sample(noise, latent_image, sampler, sigmas, *args, **kwargs),
+        )
+        return samples
+
+    def _map_store(self) -> MapStore | None:
+        """Where this run keeps maps: of all words if they are wanted, else of those that blending needs."""
+        if self.maps.wanted:
+            coarse = {block: factor for block, factor in self.blocks.items() if factor > 1} or self.blocks
+            return MapStore(self.edit, self.edit.tokens, coarse, keep_steps=True)
+        if self.reads is not None:
+            factor = nearest(self.blocks.values())
+            blocks = {block: scale for block, scale in self.blocks.items() if scale == factor}
+            return MapStore(self.edit, self.reads, blocks, keep_steps=False)
+        return None
 
     def sampler_sample(
         self,
@@ -90,6 +123,8 @@ class Controller:
         run = run_of(extra_args["model_options"])
         if run is not None:
             run.lengths = self._own_conditionings(guider.conds)
+            if self.follows is not None and self.follows.trajectory.reconstruction == "negative prompt":
+                unguided_sources(guider.conds, run.lengths, self.edit.branches)
         sampler = executor.class_obj
         function = getattr(sampler, "sampler_function", None)
         options = getattr(sampler, "extra_options", None)
@@ -199,14 +234,24 @@ class Controller:
         if call is None:
             return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
         with self.injection.injected(call) as options:
+            if call.run.maps is not None:
+                options = call.run.maps.watch(call, self.injection, options)
             return executor(x, timesteps, context, y, control, options, **kwargs)
 
 
-def control(model: Any, edit: Edit, tau: TauSchedule) -> tuple[Any, list]:
+def control(
+    model: Any,
+    edit: Edit,
+    tau: TauSchedule,
+    blend: LocalBlend | None = None,
+    trajectory: Trajectory | None = None,
+    maps: MapsHandle | None = None,
+) -> tuple[Any, list]:
     """A clone of the model that samples the edit, and the positive CONDITIONING that goes with it.
 
-    Raises ValueError for an unsupported model, a model with a controller on it, and WordNotFound for words of
-    the schedule that are in no target.
+    maps: where the runs are to leave their words' maps.
+    Raises ValueError for an unsupported model, a model with a controller on it or a trajectory of another
+    model, WordNotFound for words of the schedule that are in no target or of the blend that are in no prompt.
     """
     tau.check_words(edit)
     if model.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY):
@@ -215,19 +260,35 @@ def control(model: Any, edit: Edit, tau: TauSchedule) -> tuple[Any, list]:
             "One controller takes several targets."
         )
     blocks = cross_attention_blocks(model.get_model_object("diffusion_model"))
-    controller = Controller(edit, PromptToPrompt(edit, tau, blocks), blocks)
+    follows = follow(model, trajectory)
+    state: list[StateEdit] = [] if follows is None else [follows]
+    reads = None
+    if blend is not None:
+        found = regions(blend, edit)
+        state.append(BlendState(blend, found))
+        reads = tokens_of(found, edit.branches) if blend.needs_maps else None
+    controller = Controller(
+        edit,
+        PromptToPrompt(edit, tau, tuple(blocks)),
+        blocks,
+        maps or MapsHandle(),
+        reads,
+        tuple(state),
+        follows,
+    )
     patched = model.clone()
     controller.install(patched)
     return patched, paired_conditioning(edit, controller.mark)
 
 
-def cross_attention_blocks(diffusion_model: torch.nn.Module) -> tuple[BlockKey, ...]:
-    """Keys (name, block, depth) of a U-Net's transformer blocks, as the host's patches name them.
+def cross_attention_blocks(diffusion_model: torch.nn.Module) -> dict[BlockKey, int]:
+    """A U-Net's transformer blocks, as the host's patches name them -> their downsampling of the latent.
 
-    Raises ValueError that names the class of a model without them.
+    Keys are (name, block, depth). Raises ValueError that names the class of a model without them.
     """
-    blocks: list[BlockKey] = []
+    blocks: dict[BlockKey, int] = {}
     if isinstance(diffusion_model, UNetModel):
+        factor = 1
         middle = [diffusion_model.middle_block] if diffusion_model.middle_block is not None else []
         for name, modules in (
             ("input", diffusion_model.input_blocks),
@@ -237,13 +298,19 @@ def cross_attention_blocks(diffusion_model: torch.nn.Module) -> tuple[BlockKey, 
             for number, module in enumerate(modules):
                 for layer in module:
                     if type(layer) is host_attention.SpatialTransformer:
-                        blocks += [(name, number, depth) for depth in range(len(layer.transformer_blocks))]
+                        depths = range(len(layer.transformer_blocks))
+                        blocks |= {(name, number, depth): factor for depth in depths}
+                    changes = getattr(layer, "h_upd", layer)  # residual blocks may do it themselves
+                    if isinstance(changes, Downsample):
+                        factor *= 2
+                    elif isinstance(changes, Upsample):
+                        factor //= 2
     if not blocks:
         raise ValueError(
             f"The model's class {type(diffusion_model).__name__} is not supported; "
             f"Prompt-to-Prompt works on {SUPPORTED}."
         )
-    return tuple(blocks)
+    return blocks
 
 
 def _has_own_tensors(entry: dict) -> bool:

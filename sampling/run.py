@@ -21,7 +21,8 @@ class Run:
     """One sampling run; dropped at its end. It travels in the run's own `transformer_options`.
 
     sigmas: the run's list. shape: of the sampler's batch, (pairs x branches, channels, height, width).
-    branches: rows of a pair. maps: the words' maps, if they are wanted.
+    branches: rows of a pair. maps: the words' maps, if they are wanted. blend: the latest mask of the local
+    blend, (pairs, targets, height, width).
     lengths: uuid of each of the pair's own conditioning entries -> its number of tokens.
     injecting: whether the model calls under way belong to the pair's own prediction.
     predicted: whether that prediction was already made for this call of the sampler.
@@ -32,6 +33,7 @@ class Run:
     shape: tuple[int, ...]
     branches: int
     maps: MapStore | None = None
+    blend: Tensor | None = None
     lengths: dict[uuid.UUID, int] = field(default_factory=dict)
     injecting: bool = False
     predicted: bool = False

@@ -1,0 +1,111 @@
+"""Where words look: columns of the cross-attention maps, read without building the maps.
+
+Legend for shapes: b batch rows, N targets, B = N + 1 branches, h heads, n query tokens (pixels), t text
+tokens, L key tokens of a call (t, or t repeated), W wanted tokens of each prompt, d head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from .edit import Edit
+from .plan import CrossStep, conditioning_length
+
+Tokens = tuple[tuple[int, ...], ...]
+"""The wanted tokens of each branch's prompt, source first; the lists may differ in length."""
+
+
+@dataclass(frozen=True, eq=False)
+class MapStep:
+    """What to read at one step. Columns take the place of values, so attention returns the maps' columns.
+
+    first: (B, t, W), read with the source's queries and keys where `shared`, else with the branch's own.
+    second: (B, t, W), read with the branch's own queries and keys and added, or None.
+    """
+
+    first: Tensor
+    second: Tensor | None
+    shared: bool
+
+
+@dataclass(frozen=True, eq=False)
+class MapRows:
+    """The rows of a batch whose maps are read: of each pair all branches, source first.
+
+    row, origin, branch: (pairs x B,) the row, its source's row, the number of its branch, 0 for the source.
+    """
+
+    row: Tensor
+    origin: Tensor
+    branch: Tensor
+
+
+def map_rows(branches: int, offsets: Sequence[int], size: int, device: torch.device) -> MapRows:
+    """Rows of the chunks of `size` rows, from each of `offsets` on, that tile (source, targets ...)."""
+    row = [offset + n for offset in offsets for n in range(size)]
+    origin = [offset + n - n % branches for offset in offsets for n in range(size)]
+    branch = [n % branches for _ in offsets for n in range(size)]
+    return MapRows(*(torch.tensor(x, dtype=torch.long, device=device) for x in (row, origin, branch)))
+
+
+def token_columns(
+    edit: Edit, tokens: Tokens, length: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """(B, t, W): column w of branch b is 1 at its w-th wanted token, in every repeat of its prompt.
+
+    length: t, tokens of the paired conditioning. Shorter lists are filled up with columns of zeros.
+    """
+    common = conditioning_length(edit)
+    columns = torch.zeros(edit.branches, length, max(map(len, tokens)), dtype=torch.float64)
+    prompts = (edit.source.prompt, *(target.prompt for target in edit.targets))
+    for branch, (prompt, wanted) in enumerate(zip(prompts, tokens, strict=True)):
+        for w, token in enumerate(wanted):
+            columns[branch, token : common : prompt.length, w] = 1.0
+    return columns.to(dtype).to(device)
+
+
+def map_step(columns: Tensor, cross: CrossStep | None) -> MapStep:
+    """What to read where the targets' maps are edited by `cross` (None: not at all).
+
+        A* E_t = softmax(Q_s K_s^T / sqrt(d)) M (from_source o E_t) + softmax(Q_t K_t^T / sqrt(d)) (own o E_t)
+
+    with E_t the columns of a target, as in `cross_attention`; the source's map is its own, A_s E_s.
+    """
+    if cross is None or cross.moved is None:
+        if cross is None or cross.own is None:
+            return MapStep(columns, None, shared=False)
+        own = torch.cat([torch.ones_like(cross.own[:1]), cross.own])
+        return MapStep(own[:, :, None] * columns, None, shared=False)
+    first = torch.cat([columns[:1], torch.bmm(cross.moved, columns[1:])])
+    if cross.own is None:
+        return MapStep(first, None, shared=True)
+    own = torch.cat([torch.zeros_like(cross.own[:1]), cross.own])
+    return MapStep(first, own[:, :, None] * columns, shared=True)
+
+
+def token_maps(q: Tensor, k: Tensor, heads: int, rows: MapRows, step: MapStep, copies: int = 1) -> Tensor:
+    """The wanted tokens' maps, averaged over heads: (pairs x B, n, W), float32.
+
+    q (b, n, h d), k (b, L, h d): as in `cross_attention`; keys beyond the `copies` of the text take their
+    share of attention and are not read.
+    """
+    first = _read(q, k, heads, rows.origin if step.shared else rows.row, step.first, rows.branch, copies)
+    if step.second is None:
+        return first
+    return first + _read(q, k, heads, rows.row, step.second, rows.branch, copies)
+
+
+def _read(
+    q: Tensor, k: Tensor, heads: int, row: Tensor, columns: Tensor, branch: Tensor, copies: int
+) -> Tensor:
+    queries, keys = (rearrange(x.index_select(0, row), "b n (h d) -> b h n d", h=heads) for x in (q, k))
+    values = columns.to(q.dtype).index_select(0, branch).repeat(1, copies, 1)
+    values = F.pad(values, (0, 0, 0, k.shape[1] - values.shape[1]))
+    values = values[:, None].expand(-1, heads, -1, -1)
+    return F.scaled_dot_product_attention(queries, keys, values).float().mean(1)

@@ -1,0 +1,101 @@
+"""Pictures of where words look."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..sampling.maps import MapsHandle
+from .heatmap import heatmaps
+from .types import CATEGORY, MapsIO, check_options
+
+LAYERS = {"quarter": 4, "half": 2, "eighth": 8, "all": 0}
+"""Names of the layers' resolutions, as fractions of the latent's sides -> downsampling, 0 for all."""
+
+
+class AttentionMaps(io.ComfyNode):
+    """Heat maps of words, and the final mask of a local blend."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="P2PAttentionMaps",
+            display_name="Attention Maps",
+            category=CATEGORY,
+            description="Shows where each word of a prompt looked, and the mask of Local Blend.",
+            inputs=[
+                MapsIO.Input("maps", tooltip="From Attention Controller or Paired Sampler."),
+                io.Latent.Input("samples", tooltip="What the sampler put out: its run's maps are shown."),
+                io.String.Input(
+                    "words",
+                    default="",
+                    tooltip="Words or phrases separated by commas; empty shows every word of the prompt.",
+                ),
+                io.Int.Input(
+                    "branch",
+                    default=0,
+                    min=0,
+                    max=64,
+                    tooltip="Whose prompt: 0 for the source, 1 for the first target, and so on.",
+                ),
+                io.Image.Input(
+                    "image", optional=True, tooltip="Pictures of that branch, to lay the heat maps over."
+                ),
+                io.Combo.Input(
+                    "layers",
+                    options=list(LAYERS),
+                    default="quarter",
+                    optional=True,
+                    tooltip="Which layers to average, by their size as a fraction of the latent's sides.",
+                ),
+                io.Float.Input(
+                    "start",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="First part of the run to average over, as a fraction of its steps.",
+                ),
+                io.Float.Input(
+                    "end",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="Where that part ends: 0 to 1 is the whole run.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output("heatmaps", display_name="heat-maps"),
+                io.Mask.Output("mask", display_name="mask"),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls, layers: str | None = None, start: float | None = None, end: float | None = None
+    ) -> bool | str:
+        if start is not None and end is not None and start >= end:
+            return f"start is {start:g} and end is {end:g}; expected start below end."
+        return check_options(layers=(layers, list(LAYERS)))
+
+    @classmethod
+    def execute(
+        cls,
+        maps: MapsHandle,
+        samples: dict,
+        words: str,
+        branch: int,
+        image: Tensor | None = None,
+        layers: str = "quarter",
+        start: float = 0.0,
+        end: float = 1.0,
+    ) -> io.NodeOutput:
+        run = maps.maps_of(samples["samples"])
+        labels, phrases = run.phrases(branch, words)
+        found = run.of(branch, phrases, run.layers(LAYERS[layers]), start, end)
+        return io.NodeOutput(
+            *heatmaps(found, labels, run.size, image, run.blend_of(branch), branch, run.edit.branches)
+        )
