@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .prompt import Prompt
+from .tags import Tag, is_comma, key, split_tags, tag_text, trim
 
 MODES = ("auto", "swap", "refine")
 
@@ -52,60 +53,160 @@ class Alignment:
         }
         lines |= {word: f"+ {target.words[word].text} (new, own map)" for word in self.new}
         text = [lines[word] for word in sorted(lines)]
-        return "\n".join(text + [f"- {source.words[word].text} (removed)" for word in self.removed])
+        text += [f"- {source.words[word].text} (removed)" for word in self.removed]
+        missing = dict.fromkeys(source.missing + target.missing)
+        return "\n".join(text + [f"! {name} (no such file, left out)" for name in missing])
 
 
 def align(source: Prompt, target: Prompt, mode: str) -> Alignment:
-    """Global alignment of words (Needleman-Wunsch: gap 0, match 1, mismatch -1), then swaps.
+    """Which words of two prompts belong together: a global alignment, then swaps.
 
-    Where a run of unmatched source words faces a run of unmatched target words, the target's words are
-    swapped in for the source's (modes `auto` and `swap`) or count as new (mode `refine`). Runs of equal
-    length pair word by word, others as a whole. A run that faces nothing is new or removed.
+    Equal words match in order, as many as there can be (Needleman-Wunsch: gap 0, match 1, mismatch -1; commas
+    count less than words). Where there is a choice, matches stand side by side, and early ones come first.
+    Where a run of unmatched source words faces a run of unmatched target words, the mode decides:
+
+    swap: the target's words are swapped in for the source's, by position. Runs of equal length pair word by
+        word, others as a whole. A tag (all that stands between two commas) that faces several tags pairs with
+        the first of them.
+    refine: nothing is swapped, and only words that both prompts share take the source's maps.
+    auto: as swap.
+
+    A run that faces nothing, or is not swapped, is new or removed; so is punctuation around a run. In `auto`
+    and `refine` a tag that stands in both prompts is shared even if it moved to another place, because the
+    order of tags means nothing; `swap` goes by position alone. The order of prose does mean something: "a cat
+    and a dog" to "a dog and a cat" is a swap.
 
     Source: Hertz et al. 2023, section 3.2, which asks for equal word counts and one kind of edit at a time.
+    Raises ValueError for an unknown mode.
     """
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}; expected one of {', '.join(MODES)}.")
-    matches = _match([word.text for word in source.words], [word.text for word in target.words])
-    pairings: list[Pairing] = []
+    keys = [key(word.text) for word in target.words]
+    order = list(range(len(source.words))) if mode == "swap" else _in_order_of(source, target)
+    matches = _match([key(source.words[i].text) for i in order], keys)
+    in_place = [(order[n], j) for n, j in matches]
+    moved = [] if mode == "swap" else _moved(source, target, in_place)
+    pairings = [Pairing((i,), (j,), swapped=False) for i, j in in_place + moved]
+    sources, targets = {i for i, _ in moved}, {j for _, j in moved}
+    tags = {*split_tags(source)}, {*split_tags(target)}
     new: list[int] = []
     removed: list[int] = []
-    i0 = j0 = 0
-    for i1, j1 in [*matches, (len(source.words), len(target.words))]:
-        left, right = tuple(range(i0, i1)), tuple(range(j0, j1))
-        if left and right and mode != "refine":
-            runs = (
-                zip([(i,) for i in left], [(j,) for j in right], strict=True)
-                if len(left) == len(right)
-                else [(left, right)]
-            )
-            pairings += [Pairing(a, b, swapped=True) for a, b in runs]
-        else:
-            removed += left
-            new += right
-        if i1 < len(source.words) and j1 < len(target.words):
-            pairings.append(Pairing((i1,), (j1,), swapped=False))
-        i0, j0 = i1 + 1, j1 + 1
-    return Alignment(tuple(pairings), tuple(new), tuple(removed))
+    n0 = j0 = 0
+    for n1, j1 in [*matches, (len(order), len(keys))]:
+        left = [i for i in order[n0:n1] if i not in sources]
+        right = [j for j in range(j0, j1) if j not in targets]
+        swaps = _swaps(source, target, left, right, tags) if left and right and mode != "refine" else []
+        pairings += [Pairing(a, b, swapped=True) for a, b in swaps]
+        removed += sorted({*left}.difference(*(a for a, _ in swaps)))
+        new += sorted({*right}.difference(*(b for _, b in swaps)))
+        n0, j0 = n1 + 1, j1 + 1
+    return Alignment(
+        tuple(sorted(pairings, key=lambda pairing: pairing.target)), tuple(new), tuple(sorted(removed))
+    )
 
 
 def _match(source: Sequence[str], target: Sequence[str]) -> list[tuple[int, int]]:
-    """Pairs of equal words in order, as many as there can be, the earliest where there is a choice."""
-    score = [[0] * (len(target) + 1) for _ in range(len(source) + 1)]
+    """Pairs of equal entries in order: as many as there can be, then in the fewest runs, then the earliest.
+
+    Commas do not count; where all else is equal, as many of them as possible pair too.
+    """
+    unit = min(len(source), len(target)) + 1
+    # best[i][j][k]: the score from (i, j) on; k is 1 where the two entries before are a pair.
+    best = [[(0, 0)] * (len(target) + 1) for _ in range(len(source) + 1)]
+
+    def paired(i: int, j: int, beside: int) -> int:
+        return (1 if is_comma(source[i]) else unit * unit) + unit * beside + best[i + 1][j + 1][1]
+
     for i in reversed(range(len(source))):
         for j in reversed(range(len(target))):
-            same = score[i + 1][j + 1] + 1 if source[i] == target[j] else 0
-            score[i][j] = max(same, score[i + 1][j], score[i][j + 1])
-    pairs, i, j = [], 0, 0
+            apart = max(best[i + 1][j][0], best[i][j + 1][0])
+            best[i][j] = (apart, apart)
+            if source[i] == target[j]:
+                best[i][j] = (max(apart, paired(i, j, 0)), max(apart, paired(i, j, 1)))
+    pairs: list[tuple[int, int]] = []
+    i = j = beside = 0
     while i < len(source) and j < len(target):
-        if source[i] == target[j] and score[i][j] == score[i + 1][j + 1] + 1:
+        if source[i] == target[j] and best[i][j][beside] == paired(i, j, beside):
             pairs.append((i, j))
-            i, j = i + 1, j + 1
-        elif score[i + 1][j] >= score[i][j + 1]:
-            i += 1
+            i, j, beside = i + 1, j + 1, 1
+        elif best[i + 1][j][0] >= best[i][j + 1][0]:
+            i, beside = i + 1, 0
         else:
-            j += 1
+            j, beside = j + 1, 0
     return pairs
+
+
+def _in_order_of(source: Prompt, target: Prompt) -> list[int]:
+    """The source's words, with the tags that the target has too in the order that they have there.
+
+    Those tags trade places among themselves; every other word keeps its own.
+    """
+    here, there = split_tags(source), split_tags(target)
+    left, right = [tag_text(source, tag) for tag in here], [tag_text(target, tag) for tag in there]
+    pairs = _match(left, right)
+    free = set(range(len(here))) - {n for n, _ in pairs}
+    for m in sorted(set(range(len(there))) - {m for _, m in pairs}):
+        n = next((n for n in sorted(free) if left[n] == right[m]), None)
+        if n is not None:
+            free.remove(n)
+            pairs.append((n, m))
+    tags = [here[n] for n, _ in sorted(pairs, key=lambda pair: pair[1])]
+    placed = {here[n][0]: tag for n, tag in zip(sorted(n for n, _ in pairs), tags, strict=True)}
+    inside = {word for tag in tags for word in tag[1:]}
+    places = [place for place in range(len(source.words)) if place not in inside]
+    return [word for place in places for word in placed.get(place, (place,))]
+
+
+def _moved(source: Prompt, target: Prompt, matches: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Words of the tags that stand in both prompts and that the matches leave out on both sides.
+
+    Such a tag changed places with one that was edited. The comma beside it comes along.
+    """
+    sources, targets = {i for i, _ in matches}, {j for _, j in matches}
+    left = [tag for tag in split_tags(source) if sources.isdisjoint(tag)]
+    right = [tag for tag in split_tags(target) if targets.isdisjoint(tag)]
+    moved: list[tuple[int, int]] = []
+    for there in right:
+        for here in left:
+            if tag_text(source, here) != tag_text(target, there) or not (
+                sources.isdisjoint(here) and targets.isdisjoint(there)
+            ):
+                continue
+            pairs = list(zip(here, there, strict=True))
+            i, j = _free_comma(source, here, sources), _free_comma(target, there, targets)
+            if i is not None and j is not None:
+                pairs.append((i, j))
+            moved += pairs
+            sources.update(i for i, _ in pairs)
+            targets.update(j for _, j in pairs)
+    return moved
+
+
+def _free_comma(prompt: Prompt, tag: Tag, taken: set[int]) -> int | None:
+    """The comma right after a tag, or else right before it, unless both are taken."""
+    beside = [word for word in (tag[-1] + 1, tag[0] - 1) if 0 <= word < len(prompt.words)]
+    free = (word for word in beside if is_comma(prompt.words[word].text) and word not in taken)
+    return next(free, None)
+
+
+def _swaps(
+    source: Prompt, target: Prompt, left: Sequence[int], right: Sequence[int], tags: tuple[set[Tag], set[Tag]]
+) -> list[tuple[Tag, Tag]]:
+    """What is swapped for what where a run of the source's words faces a run of the target's.
+
+    tags: all of both prompts. Runs of whole tags pair tag by tag as far as both go. Punctuation around a run
+    stays out of it.
+    """
+    here, there = split_tags(source, left), split_tags(target, right)
+    whole = tags[0].issuperset(here) and tags[1].issuperset(there)
+    runs = zip(here, there, strict=False) if whole else [(trim(source, left), trim(target, right))]
+    swaps: list[tuple[Tag, Tag]] = []
+    for a, b in runs:
+        if len(a) == len(b):
+            swaps += [((i,), (j,)) for i, j in zip(a, b, strict=True)]
+        elif a and b:
+            swaps.append((a, b))
+    return swaps
 
 
 def token_mapping(source: Prompt, target: Prompt, alignment: Alignment) -> tuple[Tensor, Tensor]:

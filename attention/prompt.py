@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
+REPLACEMENT = "\ufffd"
 
 
 class WordNotFound(ValueError):
@@ -16,6 +19,9 @@ class WordNotFound(ValueError):
 @dataclass(frozen=True)
 class Word:
     """One word of the text encoder's vocabulary: "cat" of "cat,", or "," itself.
+
+    In scripts without spaces (Chinese, Japanese) and among symbols such as emoji, one character is one word,
+    where the tokens allow it.
 
     text: lower-case, as the tokenizer normalised it.
     tokens: positions in the conditioning's token axis.
@@ -43,19 +49,26 @@ class Prompt:
 
     text: what the user wrote, weights in parentheses included.
     length: number of tokens t of the conditioning, all chunks together.
+    missing: textual inversions that the text names and the host did not find; it leaves them out.
     """
 
     text: str
     words: tuple[Word, ...]
     chunks: tuple[Chunk, ...]
+    missing: tuple[str, ...] = ()
 
     @property
     def length(self) -> int:
         return self.chunks[-1].stop
 
     def occurrences(self, phrase: str) -> list[tuple[int, ...]]:
-        """Every place where `phrase` stands, as indices of words; white space and case do not matter."""
-        wanted = _squash(phrase)
+        """Every place where `phrase` stands, as indices of words; white space and case do not matter.
+
+        The phrase may be written as in the prompt, weights included: "(red hair:1.2)" is "red hair".
+        """
+        return self._places(_squash(phrase)) or self._places(_squash(_without_weights(phrase)))
+
+    def _places(self, wanted: str) -> list[tuple[int, ...]]:
         texts = [_squash(word.text) for word in self.words]
         found, first = [], 0
         while wanted and first < len(texts):
@@ -63,7 +76,7 @@ class Prompt:
             while last < len(texts) and len(joined) < len(wanted):
                 joined += texts[last]
                 last += 1
-            if joined == wanted:
+            if joined == wanted and texts[first]:
                 found.append(tuple(range(first, last)))
                 first = last
             else:
@@ -93,24 +106,26 @@ class Prompt:
                 )
             places = places[n - 1 : n]
         if not places:
+            words = dict.fromkeys(word.text for word in self.words if not is_punctuation(word.text))
             raise WordNotFound(
                 f'"{phrase.strip()}" is not in the prompt "{self.text}". '
-                f"Its words are: {', '.join(dict.fromkeys(word.text for word in self.words)) or '(none)'}."
+                f"Its words are: {', '.join(words) or '(none)'}."
             )
         return tuple(token for place in places for word in place for token in self.words[word].tokens)
 
 
-def read_prompt(text: str, pieces: Sequence[Sequence[str]]) -> Prompt:
+def read_prompt(text: str, pieces: Sequence[Sequence[str]], missing: tuple[str, ...] = ()) -> Prompt:
     """Group the vocabulary's pieces into words.
 
     pieces: one sequence per chunk, each `<|startoftext|>`, pieces, `<|endoftext|>`, padding. A piece that
         ends in `</w>` ends its word; a word may run on into the next chunk.
+    missing: textual inversions that the text names and that have no pieces.
 
     Raises ValueError for pieces that are not laid out like this.
     """
     words: list[Word] = []
     chunks: list[Chunk] = []
-    letters, tokens, offset = "", [], 0
+    letters, tokens, offset = [], [], 0
     for chunk in pieces:
         if not chunk or chunk[0] != START or END not in chunk:
             raise ValueError(
@@ -118,25 +133,73 @@ def read_prompt(text: str, pieces: Sequence[Sequence[str]]) -> Prompt:
             )
         end = chunk.index(END)
         for position, piece in enumerate(chunk[1:end], offset + 1):
-            letters += piece.removesuffix(WORD_END)
+            letters.append(piece.removesuffix(WORD_END))
             tokens.append(position)
             if piece.endswith(WORD_END):
-                words.append(Word(_decode(letters), tuple(tokens)))
-                letters, tokens = "", []
+                words += _words(letters, tokens)
+                letters, tokens = [], []
         chunks.append(Chunk(offset, offset + end, offset + len(chunk)))
         offset += len(chunk)
     if tokens:
-        words.append(Word(_decode(letters), tuple(tokens)))
-    return Prompt(text, tuple(words), tuple(chunks))
+        words += _words(letters, tokens)
+    return Prompt(text, tuple(words), tuple(chunks), missing)
+
+
+def _words(letters: Sequence[str], tokens: Sequence[int]) -> list[Word]:
+    """One word of the vocabulary: as it is, or by its characters in scripts without spaces."""
+    characters = list(_characters(letters, tokens))
+    if all(_stands_alone(letter) for word in characters for letter in word.text):
+        return characters
+    return [Word(_decode("".join(letters)), tuple(tokens))]
+
+
+def _characters(letters: Sequence[str], tokens: Sequence[int]) -> Iterator[Word]:
+    """A word cut wherever a token ends together with a character."""
+    first = 0
+    for last in range(1, len(tokens) + 1):
+        text = _decode("".join(letters[first:last]))
+        if REPLACEMENT not in text or last == len(tokens):
+            yield Word(text, tuple(tokens[first:last]))
+            first = last
+
+
+def _stands_alone(letter: str) -> bool:
+    """Whether a character is a word of its own: Chinese and Japanese writing, and symbols such as emoji."""
+    return unicodedata.category(letter) == "So" or unicodedata.name(letter, "").startswith(
+        ("CJK UNIFIED", "CJK COMPAT", "IDEOGRAPHIC ITER", "HIRAGANA", "KATAKANA")
+    )
 
 
 def split_words(text: str) -> list[str]:
-    """The entries of a widget that takes several words or phrases: separated by commas or line breaks."""
-    return [part.strip() for part in re.split(r"[,\n]", text) if part.strip()]
+    """The entries of a widget that takes several words or phrases: separated by commas or line breaks.
+
+    An entry in double quotes may hold commas: `hat, "red, white and blue"` has two entries.
+    """
+    rows = (csv.reader([line], skipinitialspace=True) for line in text.splitlines())
+    return [part.strip() for row in rows for parts in row for part in parts if part.strip()]
+
+
+def is_punctuation(text: str) -> bool:
+    """Whether a word says nothing of its own: "," or ")", not an emoji."""
+    return all(unicodedata.category(letter).startswith("P") for letter in text)
+
+
+def spell(text: str) -> str:
+    """Text as CLIP's vocabulary writes it: each byte of its UTF-8 as one printable character."""
+    return "".join(_LETTERS[byte] for byte in text.encode())
 
 
 def _squash(text: str) -> str:
-    return "".join(text.lower().split())
+    """Text without what does not matter: case, white space, invisible characters, width, file extensions."""
+    text = re.sub(r"(embedding:[^\s,]+?)\.(safetensors|pt|bin)(?![^\s,])", r"\1", text)
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return "".join(c for c in folded if not c.isspace() and unicodedata.category(c) not in ("Cc", "Cf"))
+
+
+def _without_weights(phrase: str) -> str:
+    """A phrase as it reads without the host's weight syntax: parentheses that are not escaped."""
+    plain = re.sub(r"(:\s*[-+.\d]+\s*)?(?<!\\)\)|(?<!\\)\(", "", phrase)
+    return plain.replace("\\(", "(").replace("\\)", ")")
 
 
 def _byte_of_character() -> dict[str, int]:
@@ -147,6 +210,7 @@ def _byte_of_character() -> dict[str, int]:
 
 
 _BYTES = _byte_of_character()
+_LETTERS = {byte: letter for letter, byte in _BYTES.items()}
 
 
 def _decode(letters: str) -> str:
