@@ -5,6 +5,9 @@ Rows are ordered (pair, branch), the branch running fastest: source, target 1 ..
 
 from __future__ import annotations
 
+import math
+import uuid
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -46,6 +49,37 @@ def _pair_entry(entries: tuple, length: int, mark: str) -> list:
             )
         options[name] = torch.cat(values)
     return [cond, {**options, KEY: mark}]
+
+
+def unguided_sources(conds: dict[str, list[dict]], own: Container[uuid.UUID], branches: int) -> None:
+    """Make the sources' positive conditioning their negative one too: guidance then does not move them.
+
+    conds: of a guider, by role, changed in place. own: uuids of the pair's own entries.
+    Raises ValueError unless the pair has one entry of its own.
+    """
+    pair = [entry for entries in conds.values() for entry in entries if entry["uuid"] in own]
+    if len(pair) != 1:
+        raise ValueError(
+            f"The source prompt cannot be its own negative prompt: the positive has {len(pair)} "
+            "conditionings, and 1 is expected. Use one prompt without areas or schedules."
+        )
+    for n, entry in enumerate(conds.get("negative", ())):
+        model_conds = dict(entry["model_conds"])
+        for name in ("c_crossattn", "y"):
+            if name in model_conds and name in pair[0]["model_conds"]:
+                mine = pair[0]["model_conds"][name].cond
+                mine, rows = _same_size(mine, model_conds[name].cond)
+                rows[::branches] = mine[::branches]
+                model_conds[name] = type(model_conds[name])(rows)
+        conds["negative"][n] = {**entry, "model_conds": model_conds, "uuid": uuid.uuid4()}
+
+
+def _same_size(a: Tensor, b: Tensor) -> list[Tensor]:
+    """Both, new, repeated along rows and tokens to their common multiples."""
+    sides = [math.lcm(*sizes) for sizes in zip(a.shape[:-1], b.shape[:-1], strict=True)]
+    return [
+        x.repeat(*(side // size for side, size in zip(sides, x.shape[:-1], strict=True)), 1) for x in (a, b)
+    ]
 
 
 def paired_latent(latent: dict, branches: int) -> dict:
