@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from ..attention.alignment import MODES
 from ..attention.edit import GAIN_LIMIT, Edit, words_to_reweight
 from ..sampling.encode import add_target, check_prompt, start_edit
+from .page import alignment_data
 from .types import CATEGORY, EditIO, check_options
 
 
@@ -31,6 +32,12 @@ def _check(mode: str | None, **prompts: str | None) -> bool | str:
     except ValueError as error:
         return str(error)
     return check_options(mode=(mode, MODES))
+
+
+def _alignment(edit: Edit) -> dict[str, tuple]:
+    """What the page shows of an edit's last target."""
+    target = edit.targets[-1]
+    return {"alignment": (alignment_data(edit.source.prompt, target.prompt, target.alignment),)}
 
 
 class PromptPair(io.ComfyNode):
@@ -73,7 +80,7 @@ class PromptPair(io.ComfyNode):
     @classmethod
     def execute(cls, clip: Any, source: str, target: str, mode: str) -> io.NodeOutput:
         edit = start_edit(clip, source, target, mode)
-        return io.NodeOutput(edit, ui={"text": (edit.describe(),)})
+        return io.NodeOutput(edit, ui=_alignment(edit))
 
 
 class AddTarget(io.ComfyNode):
@@ -107,7 +114,7 @@ class AddTarget(io.ComfyNode):
     @classmethod
     def execute(cls, clip: Any, edit: Edit, target: str, mode: str) -> io.NodeOutput:
         extended = add_target(clip, edit, target, mode)
-        return io.NodeOutput(extended, ui={"text": (extended.targets[-1].describe(edit.source.prompt),)})
+        return io.NodeOutput(extended, ui=_alignment(extended))
 
 
 class TokenReweight(io.ComfyNode):

@@ -147,8 +147,10 @@ def test_prompt_pair_makes_an_edit_and_shows_its_alignment(studio):
     edit = output.args[0]
     assert edit.source.text == "a cat on a mat"
     assert [target.text for target in edit.targets] == ["a dog on a red mat"]
-    (text,) = output.ui["text"]
-    assert "cat -> dog" in text and "red" in text and "mat (shared)" in text
+    (shown,) = output.ui["alignment"]
+    assert [word["text"] for word in shown["target"]["words"]] == ["a", "dog", "on", "a", "red", "mat"]
+    assert {"source": (1,), "target": (1,), "swapped": True} in shown["pairings"]
+    assert shown["new"] == (4,) and shown["removed"] == ()
 
 
 @pytest.mark.parametrize(("source", "target", "role"), [("", "a", "source"), ("a", " \n", "target")])

@@ -1,0 +1,87 @@
+"""The alignment that the page shows while prompts are written is the one that sampling will use."""
+
+import json
+import logging
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from p2p.nodes.page import BODY, CHARACTERS, FIELDS, alignment_data, answer
+from p2p.sampling.encode import start_edit
+from p2p.sampling.preview import preview
+
+MESSY = [
+    "a cat riding a bicycle",
+    "a (cat:1.2) riding ((a red)) bicycle, [night]",
+    "1girl, red hair, looking_at_viewer, saber \\(fate\\)",
+    "un chat \u00e0 v\u00e9lo, \uace0\uc591\uc774, \u732b\u3001\U0001f408",
+    "don't, cat's  12345 -- ...",
+    " ".join(["a big", "dog"] * 60),
+]
+WORDS = ["a", "cat", "red", ",", "(hat:1.3)", "BREAK", "1girl", "\n"]
+PROMPTS = st.sampled_from(MESSY) | st.lists(st.sampled_from(WORDS), min_size=1).map(" ".join)
+
+
+def asked(**fields):
+    return answer(json.dumps(fields).encode())
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(PROMPTS, PROMPTS, st.sampled_from(["auto", "swap", "refine"]))
+def test_the_preview_is_what_the_node_finds(demo_model, source, target, mode):
+    if not source.strip() or not target.strip():
+        return
+    edit = start_edit(demo_model[1], source, target, mode)
+    shown = alignment_data(edit.source.prompt, edit.targets[0].prompt, edit.targets[0].alignment)
+    assert asked(source=source, target=target, mode=mode) == shown
+
+
+def test_a_textual_inversion_is_one_word_though_no_file_is_read(caplog):
+    with caplog.at_level(logging.WARNING):
+        source, target, alignment = preview("a cat", "a cat, (embedding:ugly.pt, hat:1.2)", "auto")
+    assert [word.text for word in target.words] == ["a", "cat", ",", "embedding:ugly.pt", ",", "hat"]
+    assert [len(word.tokens) for word in target.words] == [1] * 6
+    assert not caplog.records
+
+
+BODIES = st.one_of(
+    st.binary(max_size=200),
+    st.recursive(
+        st.none() | st.booleans() | st.floats() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    ),
+    st.fixed_dictionaries(
+        {name: st.text() | st.integers() for name in ("source", "target")},
+        optional={"mode": st.text() | st.just("swap"), "family": st.text(), "file": st.text()},
+    ),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(BODIES)
+@example({"source": "(" * CHARACTERS, "target": "a"})
+@example({"source": "a", "target": "(" * CHARACTERS})
+@example({"source": "\ud800", "target": "a"})
+@example({"source": "embedding:", "target": "embedding:,"})
+@example({"source": "embedding:../../etc/passwd", "target": "embedding:/etc/passwd"})
+@example({"source": "a\0b", "target": "\u200b"})
+@example({"source": "1" * CHARACTERS, "target": "2" * CHARACTERS})
+@example(b"[" * BODY)
+def test_every_request_is_answered_or_refused_with_a_reason(body):
+    if not isinstance(body, bytes):
+        body = json.dumps(body).encode()
+    try:
+        data = answer(body)
+    except ValueError as reason:
+        assert str(reason).strip()
+    else:
+        assert set(json.loads(body)) <= set(FIELDS)
+        json.dumps(data, allow_nan=False)
+
+
+@pytest.mark.parametrize("field", ["source", "target"])
+def test_long_prompts_are_refused(field):
+    texts = {"source": "a", "target": "a"}
+    with pytest.raises(ValueError, match=f"{field} has 10000 characters.*{CHARACTERS}"):
+        asked(**{**texts, field: "a" * 10_000})
+    assert asked(**{**texts, field: "a " * (CHARACTERS // 4)})

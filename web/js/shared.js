@@ -1,0 +1,148 @@
+// What the pictures in the pack's nodes share: elements, translations, and following a node's widgets.
+import { api } from "../../../scripts/api.js";
+import { app } from "../../../scripts/app.js";
+
+const sheet = document.createElement("link");
+sheet.rel = "stylesheet";
+sheet.href = new URL("../css/pictures.css", import.meta.url).href;
+document.head.append(sheet);
+
+const SVG = "http://www.w3.org/2000/svg";
+
+/** An element with attributes and children; `svg` makes one of a drawing. */
+export function make(tag, attributes = {}, ...children) {
+  return fill(document.createElement(tag), attributes, children);
+}
+
+export function svg(tag, attributes = {}, ...children) {
+  return fill(document.createElementNS(SVG, tag), attributes, children);
+}
+
+function fill(element, attributes, children) {
+  for (const [name, value] of Object.entries(attributes))
+    if (value !== undefined && value !== false) element.setAttribute(name, value === true ? "" : value);
+  element.append(...children);
+  return element;
+}
+
+const KEY = "promptToPrompt"; // of this pack's texts in locales/LANGUAGE/main.json
+
+async function texts() {
+  try {
+    const all = await (await api.fetchApi("/i18n")).json();
+    const language = app.ui?.settings?.getSettingValue?.("Comfy.Locale") ?? navigator.language ?? "en";
+    const short = language.split("-")[0];
+    return { ...all.en?.[KEY], ...all[short]?.[KEY], ...all[language]?.[KEY] };
+  } catch (error) {
+    console.warn("prompt-to-prompt: no translations", error);
+    return {};
+  }
+}
+
+const loaded = texts();
+let known = {};
+loaded.then((found) => (known = found));
+
+/** The text under a key in the page's language, with {name} replaced by values.name. */
+export function text(key, values = {}) {
+  return (known[key] ?? key).replace(/\{(\w+)\}/g, (whole, name) => values[name] ?? whole);
+}
+
+/** Resolves when `text` knows the page's language. */
+export const textsLoaded = loaded.then(() => undefined);
+
+export function widget(node, name) {
+  return node?.widgets?.find((each) => each.name === name);
+}
+
+/** Whether the value of an input comes by a link. */
+export function isLinked(node, name) {
+  return node.inputs?.find((input) => input.name === name)?.link != null;
+}
+
+/** Sets a widget as if the user had, in either way of drawing nodes. */
+export function setWidget(node, name, value) {
+  const target = widget(node, name);
+  if (!target || target.value === value) return;
+  target.value = value;
+  target.callback?.(value, app.canvas, node);
+  node.graph?.setDirtyCanvas?.(true, true);
+}
+
+/** Makes what was changed since the last time one step of undo. */
+export function rememberChange() {
+  app.canvas.emitBeforeChange?.();
+  app.canvas.emitAfterChange?.();
+}
+
+const followed = new Map(); // element -> {node, read, show, last, wasThere}
+
+/**
+ * Calls show(values, node) whenever what read(node) returns has changed, while the element is on the page.
+ *
+ * Widgets change by typing, dragging, undo, paste, loading and scripts, and no event covers all of these in
+ * every front end; comparing a handful of values once per frame does. Where the page keeps the element of a node
+ * that undo has replaced by another with its id, the element follows the new one.
+ */
+export function follow(node, element, read, show) {
+  if (!followed.size) requestAnimationFrame(frame);
+  followed.set(element, { node, read, show });
+}
+
+/** Makes what an element shows be drawn again, values changed or not. */
+export function redraw(element) {
+  const entry = followed.get(element);
+  if (entry) entry.last = undefined;
+}
+
+function frame() {
+  for (const [element, entry] of followed) {
+    if (!isThere(entry.node) && entry.wasThere) entry.node = successor(entry.node);
+    if (isThere(entry.node)) entry.wasThere = true;
+    else if (entry.wasThere && !element.isConnected) followed.delete(element);
+    if (!element.isConnected) continue;
+    const values = entry.read(entry.node);
+    const now = JSON.stringify([entry.node.id, values]);
+    if (now === entry.last) continue;
+    entry.last = now;
+    try {
+      entry.show(values, entry.node);
+    } catch (error) {
+      console.error("prompt-to-prompt", error);
+    }
+  }
+  if (followed.size) requestAnimationFrame(frame);
+}
+
+function isThere(node) {
+  return node.graph?.getNodeById(node.id) === node;
+}
+
+function successor(node) {
+  const found = app.canvas.graph?.getNodeById(node.id);
+  return found?.comfyClass === node.comfyClass ? found : node;
+}
+
+/** Adds a picture to a node, below its widgets: not a value, so in no workflow and no prompt. */
+export function addPicture(node, name, element, height) {
+  const added = node.addDOMWidget(name, "prompt_to_prompt", element, {
+    serialize: false,
+    hideOnZoom: false,
+    getMinHeight: height,
+    getValue: () => "",
+    setValue: () => {},
+  });
+  added.serialize = false;
+  element.addEventListener("wheel", (event) => forward(element, event), { passive: false });
+  return added;
+}
+
+/** Wheel events that the picture has no use for go to the canvas. */
+function forward(element, event) {
+  if (!element.closest(".dom-widget")) return; // nodes that the page draws itself hand them on
+  const area = element.querySelector(".p2p-scroll");
+  const scrolls = area.scrollHeight > area.clientHeight + 1;
+  if (scrolls && !event.ctrlKey && Math.abs(event.deltaY) >= Math.abs(event.deltaX)) return;
+  event.preventDefault();
+  app.canvas.processMouseWheel(event);
+}
