@@ -6,7 +6,7 @@ t text tokens, d head width, L key tokens of a call (t, or t repeated).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,27 +52,33 @@ class SelfStep:
     rows: Rows
     weight: Tensor | None
 
+    def rows_of(self, x: Tensor) -> Rows:
+        """The rows in x, (b, n, h d) or, of tiled attention, (b parts, n / parts, h d)."""
+        return self.rows.expand(x.shape[0] // self.rows.origin.shape[0])
+
 
 def paired_rows(
     batch: int,
-    branches: int,
+    targets: Sequence[int],
     offsets: list[int],
     size: int,
     device: torch.device,
-    targets: Sequence[bool] | None = None,
+    taking: Collection[int] | None = None,
 ) -> Rows:
     """Rows of a model call whose chunks of `size` rows, from `offsets` on, tile (source, targets ...).
 
-    targets: which of them take from their source, all by default; the rows of the others are left alone.
+    targets: the number of each target of the tile among the edit's.
+    taking: those that take from their source, all by default; the rows of the others are left alone.
     """
     origin = list(range(batch))
     target, branch = [], []
     for offset in offsets:
         for row in range(size):
-            if row % branches and (targets is None or targets[row % branches - 1]):
+            place = row % (1 + len(targets))
+            if place and (taking is None or targets[place - 1] in taking):
                 target.append(offset + row)
-                branch.append(row % branches - 1)
-                origin[offset + row] = offset + row - row % branches
+                branch.append(targets[place - 1])
+                origin[offset + row] = offset + row - place
     return Rows(*(torch.tensor(rows, dtype=torch.long, device=device) for rows in (target, branch, origin)))
 
 
@@ -154,14 +160,21 @@ def self_attention(
     the matching parts of the source. Arguments as in `cross_attention`.
     Source: Hertz et al. 2023, section 4 (self-attention injection); Tumanyan et al. 2023, section 4.
     """
-    parts = [x.shape[0] // step.rows.origin.shape[0] for x in (q, k)]
-    queries, keys = (step.rows.expand(n) for n in parts)
-    out = attend(q.index_select(0, queries.origin), k.index_select(0, keys.origin), v)
+    out = attend(q.index_select(0, step.rows_of(q).origin), k.index_select(0, step.rows_of(k).origin), v)
+    return mixed_with_own(out, attend_own, q, k, v, step)
+
+
+def mixed_with_own(
+    out: Tensor, attend_own: Attention, q: Tensor, k: Tensor, v: Tensor, step: SelfStep
+) -> Tensor:
+    """weight out + (1 - weight) softmax(Q_t K_t^T / sqrt(d)) V_t in the targets' rows, `out` in all others."""
     if step.weight is None:
         return out
+    queries, keys = step.rows_of(q), step.rows_of(k)
     own = attend_own(
         q.index_select(0, queries.target), k.index_select(0, keys.target), v.index_select(0, keys.target)
     )
-    weight = step.weight.repeat_interleave(parts[0])[:, None, None].to(own.dtype)
+    parts = q.shape[0] // step.rows.origin.shape[0]
+    weight = step.weight.repeat_interleave(parts)[:, None, None].to(own.dtype)
     edited = torch.lerp(own, out.index_select(0, queries.target), weight)
     return out.index_copy(0, queries.target, edited)

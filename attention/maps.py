@@ -36,7 +36,7 @@ class MapStep:
 
 @dataclass(frozen=True, eq=False)
 class MapRows:
-    """The rows of a batch whose maps are read: of each pair all branches, source first.
+    """The rows of a batch whose maps are read: of each pair its branches, source first.
 
     row, origin, branch: (pairs x B,) the row, its source's row, the number of its branch, 0 for the source.
     """
@@ -46,11 +46,11 @@ class MapRows:
     branch: Tensor
 
 
-def map_rows(branches: int, offsets: Sequence[int], size: int, device: torch.device) -> MapRows:
-    """Rows of the chunks of `size` rows, from each of `offsets` on, that tile (source, targets ...)."""
+def map_rows(branches: Sequence[int], offsets: Sequence[int], size: int, device: torch.device) -> MapRows:
+    """Rows of the chunks of `size` rows, from each of `offsets` on, that tile `branches` (0: the source)."""
     row = [offset + n for offset in offsets for n in range(size)]
-    origin = [offset + n - n % branches for offset in offsets for n in range(size)]
-    branch = [n % branches for _ in offsets for n in range(size)]
+    origin = [offset + n - n % len(branches) for offset in offsets for n in range(size)]
+    branch = [branches[n % len(branches)] for _ in offsets for n in range(size)]
     return MapRows(*(torch.tensor(x, dtype=torch.long, device=device) for x in (row, origin, branch)))
 
 

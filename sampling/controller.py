@@ -24,10 +24,12 @@ from ..attention.schedule import TauSchedule
 from .blend import BlendState
 from .encode import KEY
 from .injection import BlockKey, Injection, PromptToPrompt
+from .layout import lay_out
+from .low_memory import fitting_groups, forward_in_groups
 from .maps import MapsHandle, MapStore, nearest
 from .noise import takes_noise_sampler, tied_noise_sampler, with_tied_inpainting
 from .pairing import check_rows, paired_conditioning, tie_rows, unguided_sources
-from .run import Run, begin_call, run_of
+from .run import Group, Run, begin_call, run_of
 from .state import StateEdit, with_edited_state
 from .trajectory import Followed, Trajectory, follow
 
@@ -81,9 +83,15 @@ class Controller:
         run = Run(sigmas.tolist(), tuple(noise.shape), self.edit.branches, self._map_store())
         if self.follows is not None:
             self.follows.begin(run, noise, sampler, args[0] if args else kwargs.get("denoise_mask"))
-        options = executor.class_obj.model_options.setdefault("transformer_options", {})
-        options[KEY] = run
         guider = executor.class_obj
+        if "context_handler" in guider.model_options:
+            raise ValueError(
+                "The model has Context Windows, which compute a batch in parts that overlap; Prompt-to-Prompt needs "
+                "a pair's rows in one call. Take Context Windows out."
+            )
+        lay_out(guider.conds, noise.shape[0] // self.edit.branches, self.edit.branches)
+        options = guider.model_options.setdefault("transformer_options", {})
+        options[KEY] = run
         try:
             samples = executor(
                 tie_rows(noise, self.edit.branches), latent_image, sampler, sigmas, *args, **kwargs
@@ -212,6 +220,8 @@ class Controller:
             or not any(entry.get(KEY) == self.mark for cond in conds for entry in cond or ())
         ):
             return executor(model, conds, x_in, timestep, model_options)
+        if run.branches > 2:
+            run.groups = max(run.groups, fitting_groups(model, x_in, run), key=len)
         run.injecting = run.predicted = True
         try:
             return executor(model, conds, x_in, timestep, model_options)
@@ -230,13 +240,22 @@ class Controller:
         **kwargs: Any,
     ) -> Tensor:
         """Once per forward: the step, the pair's rows, and what they take from the source."""
-        call = begin_call(x, context, transformer_options)
-        if call is None:
+        run: Run | None = transformer_options.get(KEY)
+
+        def forward(targets: Group, x: Tensor, args: tuple, options: dict, kwargs: dict) -> Tensor:
+            call = begin_call(x, args[1], options, targets, executor.class_obj)
+            if call is None:
+                return executor(x, *args, options, **kwargs)
+            with self.injection.injected(call) as options:
+                if call.run.maps is not None:
+                    options = call.run.maps.watch(call, self.injection, options)
+                return executor(x, *args, options, **kwargs)
+
+        if run is None:
             return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
-        with self.injection.injected(call) as options:
-            if call.run.maps is not None:
-                options = call.run.maps.watch(call, self.injection, options)
-            return executor(x, timesteps, context, y, control, options, **kwargs)
+        return forward_in_groups(
+            run, x, (timesteps, context, y, control), transformer_options, kwargs, forward
+        )
 
 
 def control(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -64,13 +65,18 @@ class PromptToPrompt:
             caps = [(target.tau or self.tau).self_resolution for target in self.edit.targets]
 
             def inject(
-                attend: Callable, attend_own: Callable, q: Tensor, k: Tensor, v: Tensor, _: dict
+                attend: Callable, attend_own: Callable, q: Tensor, k: Tensor, v: Tensor, extra_options: dict
             ) -> Tensor:
-                parts = q.shape[0] // call.x.shape[0]
-                grid = grid_fraction(q.shape[1] * parts, call.x)
+                grid = grid_fraction(extra_options["activations_shape"][-2:], call.x.shape[-2:])
                 here = tuple(w if grid <= cap else 0.0 for w, cap in zip(weights, caps, strict=True))
                 if not any(here):
                     return attend(q, k, v)
+                if q.shape[0] * q.shape[1] < k.shape[0] * k.shape[1]:
+                    raise ValueError(
+                        "Another node merges pixels for self-attention (ToMe), differently for source and "
+                        "target, in a layer in which the source's self-attention is injected. Set "
+                        "self_resolution of the tau Scheduler to 0.5 or less, or take the other node out."
+                    )
                 return self_attention(attend, attend_own, q, k, v, _self_step(call, here, v))
 
             slots.fill("attn1", inject)
@@ -134,7 +140,14 @@ def _around(previous: Replacement | None, inject: Inject) -> Replacement:
     return replacement
 
 
-def grid_fraction(tokens: int, x: Tensor) -> float:
-    """Sides of a layer's grid of `tokens` as a fraction of the latent's, from the layer's downsampling."""
-    factor = round((x.shape[-2] * x.shape[-1] / tokens) ** 0.5)
-    return 1.0 / max(factor, 1)
+def grid_fraction(grid: Sequence[int], latent: Sequence[int]) -> float:
+    """Sides of a layer's grid as a fraction of the latent's, the larger of the two.
+
+    A side that was halved k times, rounding up, is exactly 1 / 2^k; others come from nodes that resize features.
+    """
+
+    def fraction(side: int, full: int) -> float:
+        factor = 2.0 ** round(math.log2(full / side))
+        return 1.0 / factor if side == math.ceil(full / factor) else side / full
+
+    return max(fraction(side, full) for side, full in zip(grid, latent, strict=True))

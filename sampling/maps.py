@@ -152,10 +152,10 @@ class MapStore:
         return slots.options
 
     def _rows(self, call: Call) -> Any:
-        key = ("map rows", call.size, call.own, call.x.device)
+        key = ("map rows", call.size, call.own, call.targets, call.x.device)
         if key not in call.run.made:
             offsets = [n * call.size for n in call.own]
-            call.run.made[key] = map_rows(call.run.branches, offsets, call.size, call.x.device)
+            call.run.made[key] = map_rows(_branches(call), offsets, call.size, call.x.device)
         return call.run.made[key]
 
     def _map_step(self, call: Call, cross: CrossStep | None) -> MapStep:
@@ -166,9 +166,17 @@ class MapStore:
         return call.run.made[key]
 
     def _add(self, call: Call, factor: int, grid: tuple[int, int], maps: Tensor) -> None:
+        branches = _branches(call)
         maps = rearrange(
-            maps, "(c p b) (h w) t -> c p b t h w", c=len(call.own), b=call.run.branches, h=grid[0]
+            maps, "(c p b) (h w) t -> c p b t h w", c=len(call.own), b=len(branches), h=grid[0]
         ).mean(0)
+        first = call.targets[0] == 0
+        if len(branches) < call.run.branches:  # a part of the targets; the sources are in every part
+            whole = maps.new_zeros(maps.shape[0], call.run.branches, *maps.shape[2:])
+            whole[:, branches] = maps
+            maps = whole
+            if not first:
+                maps[:, 0] = 0.0
         before = self._total.get(factor)
         if before is not None and before.shape != maps.shape:  # another node shrank the layer for a while
             flat = F.interpolate(
@@ -181,7 +189,7 @@ class MapStore:
                 self._flush()
                 self._step = call.step
             total, count = self._now.get(factor, (None, 0))
-            self._now[factor] = (maps if total is None else total + maps, count + 1)
+            self._now[factor] = (maps if total is None else total + maps, count + first)
 
     def _flush(self) -> None:
         for factor, (total, count) in self._now.items():
@@ -266,6 +274,10 @@ def nearest(factors: Iterable[int]) -> int:
         set(factors),
         key=lambda factor: (abs(factor.bit_length() - PUBLISHED_FACTOR.bit_length()), factor),
     )
+
+
+def _branches(call: Call) -> list[int]:
+    return [0, *(target + 1 for target in call.targets)]
 
 
 def _grid(tokens: int, factor: int, x: Tensor, extra: dict) -> tuple[int, int] | None:

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from .maps import MapStore
 
 
+Group = tuple[int, ...]
+"""Numbers of targets, from 0."""
+
+
 @dataclass(eq=False)
 class Run:
     """One sampling run; dropped at its end. It travels in the run's own `transformer_options`.
@@ -24,6 +28,7 @@ class Run:
     branches: rows of a pair. maps: the words' maps, if they are wanted. blend: the latest mask of the local
     blend, (pairs, targets, height, width).
     lengths: uuid of each of the pair's own conditioning entries -> its number of tokens.
+    groups: the targets that go through the model together, all of them if memory allows.
     injecting: whether the model calls under way belong to the pair's own prediction.
     predicted: whether that prediction was already made for this call of the sampler.
     made: what is worked out once per run, by key.
@@ -35,9 +40,13 @@ class Run:
     maps: MapStore | None = None
     blend: Tensor | None = None
     lengths: dict[uuid.UUID, int] = field(default_factory=dict)
+    groups: tuple[Group, ...] = ()
     injecting: bool = False
     predicted: bool = False
     made: dict[tuple, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.groups = self.groups or (tuple(range(self.branches - 1)),)
 
     @property
     def steps(self) -> int:
@@ -55,7 +64,8 @@ class Call:
 
     x (b, channels, height, width): the batch, `chunks` conditionings of `size` rows each. context (b, L, c).
     options: the forward's transformer_options. own: chunks that are the pair's positive conditioning; the
-    others of this prediction are its negative ones, or other nodes'.
+    others of this prediction are its negative ones, or other nodes'. targets: those that are in the batch,
+    with their sources. network: the host's U-Net whose forward it is.
     """
 
     run: Run
@@ -65,6 +75,8 @@ class Call:
     step: int
     chunks: int
     own: tuple[int, ...]
+    targets: Group
+    network: Any
 
     @property
     def size(self) -> int:
@@ -87,23 +99,35 @@ class Call:
         """How often `context` repeats the pair's own conditioning, beside a longer negative prompt."""
         return self.context.shape[1] // self.length
 
-    def rows(self, chunks: tuple[int, ...], targets: tuple[bool, ...] | None = None) -> Rows:
-        """The targets' rows in some of the chunks; of all targets, or of those that are true in `targets`."""
-        key = ("rows", self.x.shape[0], self.size, chunks, targets, self.x.device)
+    def rows(self, chunks: tuple[int, ...], active: tuple[bool, ...] | None = None) -> Rows:
+        """The targets' rows in some of the chunks; of all targets, or of those that are active, by number."""
+        key = ("rows", self.x.shape[0], self.size, chunks, self.targets, active, self.x.device)
         if key not in self.run.made:
             offsets = [n * self.size for n in chunks]
+            taking = [n for n in self.targets if active is None or active[n]]
             self.run.made[key] = paired_rows(
-                self.x.shape[0], self.run.branches, offsets, self.size, self.x.device, targets
+                self.x.shape[0], self.targets, offsets, self.size, self.x.device, taking
             )
         return self.run.made[key]
 
 
-def begin_call(x: Tensor, context: Any, options: dict) -> Call | None:
-    """What this forward is to the run, or None where it is not part of the pair's own prediction."""
+def begin_call(x: Tensor, context: Any, options: dict, targets: Group, network: Any) -> Call | None:
+    """What this forward is to the run, or None where it is not part of the pair's own prediction.
+
+    targets: those that are in the batch, by number.
+    Raises ValueError where another node changed the rows of the call.
+    """
     run: Run | None = options.get(KEY)
     if run is None or not run.injecting:
         return None
     uuids = options["uuids"]
     own = tuple(n for n, chunk in enumerate(uuids) if chunk in run.lengths)
+    latents = run.shape[0] // run.branches * (1 + len(targets))
+    if own and x.shape[0] != len(uuids) * latents:
+        raise ValueError(
+            f"A model call has {x.shape[0]} rows where {len(uuids)} conditionings of {latents} latents are "
+            "expected: another node between the Attention Controller and the sampler computes several tiles or "
+            "windows in one call. Set its tile batch size to 1, or take it out."
+        )
     step = step_of(float(options["sigmas"][0]), run.sigmas)
-    return Call(run, x, context, options, step, len(uuids), own)
+    return Call(run, x, context, options, step, len(uuids), own, targets, network)

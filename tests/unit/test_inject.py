@@ -119,7 +119,7 @@ def expected_cross(edit, tau, progress, q, own, offset, pairs):
 
 def injected(edit, tau, step, steps, q, k, v, offset, pairs, length, copies=1):
     """What the pack computes, from a plan made in fp64 for conditionings of `length` tokens."""
-    rows = paired_rows(q.shape[0], edit.branches, [offset], pairs * edit.branches, q.device)
+    rows = paired_rows(q.shape[0], range(len(edit.targets)), [offset], pairs * edit.branches, q.device)
     plan = make_plan(edit, tau, steps, length, q.device, q.dtype)
     cross = plan.cross[step]
     return attend(q, k, v) if cross is None else cross_attention(attend, attend, q, k, v, rows, cross, copies)
@@ -279,7 +279,7 @@ def test_any_edit_equals_the_materialised_formula(source, targets, mode, scale, 
 def test_self_attention_equals_the_materialised_formula(weight, pairs, branches, uncond):
     batch = uncond + pairs * branches
     q, k, v = tensors(batch, PIXELS, seed=5)
-    rows = paired_rows(batch, branches, [uncond], pairs * branches, q.device)
+    rows = paired_rows(batch, range(branches - 1), [uncond], pairs * branches, q.device)
     found = self_attention(attend, attend, q, k, v, evenly(rows, weight))
     for row in range(batch):
         branch = (row - uncond) % branches if row >= uncond else 0
@@ -292,7 +292,7 @@ def test_self_attention_equals_the_materialised_formula(weight, pairs, branches,
 def test_each_target_takes_as_much_of_the_sources_self_attention_as_its_own_schedule_says():
     q, k, v = tensors(8, PIXELS, seed=5)
     weights = (1.0, 0.0, 0.3)
-    rows = paired_rows(8, 4, [0], 8, q.device, [weight > 0 for weight in weights])
+    rows = paired_rows(8, range(3), [0], 8, q.device, taking=[0, 2])
     found = self_attention(attend, attend, q, k, v, self_step(rows, weights, torch.float64))
     for row in range(8):
         branch = row % 4
@@ -304,7 +304,7 @@ def test_each_target_takes_as_much_of_the_sources_self_attention_as_its_own_sche
 def test_targets_on_hard_schedules_of_their_own_need_no_second_call():
     q, k, v = tensors(4, PIXELS)
     previous, own = Calls(), Calls()
-    rows = paired_rows(4, 4, [0], 4, q.device, [True, False, True])
+    rows = paired_rows(4, range(3), [0], 4, q.device, taking=[0, 2])
     self_attention(previous, own, q, k, v, self_step(rows, (1.0, 0.0, 1.0), torch.float64))
     assert (previous.batches, own.batches) == ([4], [])
 
@@ -312,10 +312,10 @@ def test_targets_on_hard_schedules_of_their_own_need_no_second_call():
 def test_mistake_of_copying_self_attentions_output_the_targets_own_values_are_weighted():
     """Copying the output would give the target the source's appearance; the map alone gives its layout."""
     q, k, v = tensors(2, PIXELS)
-    found = self_attention(attend, attend, q, k, v, evenly(paired_rows(2, 2, [0], 2, q.device), 1.0))
+    found = self_attention(attend, attend, q, k, v, evenly(paired_rows(2, range(1), [0], 2, q.device), 1.0))
     assert not torch.allclose(found[1], found[0], atol=1e-3)
     scaled = self_attention(
-        attend, attend, q, k, torch.stack([v[0], 3 * v[1]]), evenly(paired_rows(2, 2, [0], 2, q.device), 1.0)
+        attend, attend, q, k, torch.stack([v[0], 3 * v[1]]), evenly(paired_rows(2, range(1), [0], 2, q.device), 1.0)
     )
     torch.testing.assert_close(scaled[1], 3 * found[1], **EXACT)
     torch.testing.assert_close(scaled[0], found[0], **EXACT)
@@ -325,14 +325,14 @@ def test_mistake_of_copying_self_attentions_output_the_targets_own_values_are_we
 
 
 def test_chunks_at_several_offsets_tile_source_and_targets():
-    rows = paired_rows(14, 3, [0, 8], 6, torch.device("cpu"))
+    rows = paired_rows(14, range(2), [0, 8], 6, torch.device("cpu"))
     assert rows.origin.tolist() == [0, 0, 0, 3, 3, 3, 6, 7, 8, 8, 8, 11, 11, 11]
     assert rows.target.tolist() == [1, 2, 4, 5, 9, 10, 12, 13]
     assert rows.branch.tolist() == [0, 1, 0, 1, 0, 1, 0, 1]
 
 
 def test_mistake_of_editing_both_halves_of_guidance_rows_outside_the_chunks_are_their_own():
-    rows = paired_rows(6, 2, [4], 2, torch.device("cpu"))
+    rows = paired_rows(6, range(1), [4], 2, torch.device("cpu"))
     assert rows.origin[:4].tolist() == [0, 1, 2, 3] and rows.target.tolist() == [5]
 
 
@@ -340,7 +340,7 @@ def test_mistake_of_editing_both_halves_of_guidance_rows_outside_the_chunks_are_
 def test_rows_that_a_node_split_into_tiles_pair_tile_by_tile(parts):
     """Tiled attention (as HyperTile) makes `parts` consecutive rows of each."""
     q, k, v = tensors(5, parts * 3, pixels=parts * 3)
-    rows = paired_rows(5, 2, [1], 4, q.device)
+    rows = paired_rows(5, range(1), [1], 4, q.device)
     tiles = [rearrange(x, "b (p n) c -> (b p) n c", p=parts) for x in (q, k, v)]
     found = rearrange(
         self_attention(attend, attend, *tiles, evenly(rows, 0.6)), "(b p) n c -> b p n c", p=parts
@@ -357,7 +357,7 @@ def test_rows_that_a_node_split_into_tiles_pair_tile_by_tile(parts):
 def example(dtype=torch.float64, fade=0.5, gain=-0.5):
     edit = make_edit("a cat on a mat", "a big dog on a mat", gains=[("big", gain)])
     q, k, v = tensors(4, WINDOW, dtype=dtype)
-    rows = paired_rows(4, 2, [2], 2, q.device)
+    rows = paired_rows(4, range(1), [2], 2, q.device)
     step = make_plan(edit, TauSchedule(cross=Window(0, 0.5), fade=fade), 1, WINDOW, q.device, dtype).cross[0]
     return q, k, v, rows, step
 
@@ -378,7 +378,7 @@ def test_one_attention_call_is_enough_where_the_target_keeps_nothing_of_its_own(
     step = make_plan(edit, FULL, 1, WINDOW, torch.device("cpu"), torch.float64).cross[0]
     previous, own = Calls(), Calls()
     q, k, v = tensors(2, WINDOW)
-    cross_attention(previous, own, q, k, v, paired_rows(2, 2, [0], 2, q.device), step)
+    cross_attention(previous, own, q, k, v, paired_rows(2, range(1), [0], 2, q.device), step)
     assert (previous.batches, own.batches) == ([2], [])
 
 
@@ -444,5 +444,5 @@ def test_the_plan_has_the_dtype_that_attention_runs_in():
 
 
 def test_rows_are_a_value():
-    rows = paired_rows(2, 2, [0], 2, torch.device("cpu"))
+    rows = paired_rows(2, range(1), [0], 2, torch.device("cpu"))
     assert isinstance(rows, Rows) and rows.expand(1) is rows

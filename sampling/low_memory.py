@@ -1,0 +1,109 @@
+"""Forwards in parts, each the sources with some of their targets, where all targets do not fit in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import comfy.model_management
+import torch
+from torch import Tensor
+
+from .run import Group, Run
+
+
+def fitting_groups(model: Any, x: Tensor, run: Run) -> tuple[Group, ...]:
+    """The targets in as few groups as fit in the device's free memory, by the host's own estimate.
+
+    model: the host's BaseModel. x (pairs x branches, channels, height, width).
+    """
+    targets = run.branches - 1
+    pairs = x.shape[0] // run.branches
+    free = comfy.model_management.get_free_memory(x.device)
+    for count in range(1, targets):
+        rows = pairs * (1 + -(-targets // count))
+        if model.memory_required([rows, *x.shape[1:]]) <= free:
+            return _groups(targets, count)
+    return _groups(targets, targets)
+
+
+def _groups(targets: int, count: int) -> tuple[Group, ...]:
+    size = -(-targets // count)
+    return tuple(tuple(range(first, min(first + size, targets))) for first in range(0, targets, size))
+
+
+Forward = Callable[[Group, Tensor, tuple, dict, dict], Tensor]
+"""Targets of the part, its x, the arguments after x, its transformer_options, and arguments by name."""
+
+
+def forward_in_groups(
+    run: Run, x: Tensor, args: tuple, options: dict, kwargs: dict, forward: Forward
+) -> Tensor:
+    """The forward of a whole batch, in the run's groups of targets; in smaller ones once memory runs out.
+
+    Every group has the sources with it, whose result is the first group's. Arguments that have one row for
+    each of the batch's, at any depth of lists and dicts, are split with it, and such tensors in the options.
+    """
+    everyone: Group = tuple(range(run.branches - 1))
+    while True:
+        try:
+            if run.groups == (everyone,) or x.shape[0] % run.branches:
+                return forward(everyone, x, _copied(args), options, _copied(kwargs))
+            return _split(run, x, args, options, kwargs, forward)
+        except comfy.model_management.OOM_EXCEPTION:
+            largest = max(map(len, run.groups))
+            if largest == 1 or x.shape[0] % run.branches:
+                raise
+            run.groups = _groups(run.branches - 1, -(-(run.branches - 1) // (largest // 2)))
+        comfy.model_management.soft_empty_cache()
+
+
+def _split(run: Run, x: Tensor, args: tuple, options: dict, kwargs: dict, forward: Forward) -> Tensor:
+    result: Tensor | None = None
+    for group in run.groups:
+        rows = _rows(run, x, group)
+        part = {
+            name: value.index_select(0, rows) if _is_batch(value, x) else value
+            for name, value in options.items()
+        }
+        out = forward(group, x.index_select(0, rows), _taken(args, x, rows), part, _taken(kwargs, x, rows))
+        if result is None:
+            result = out.new_empty((x.shape[0], *out.shape[1:]))
+        else:  # the sources are there already
+            rows, out = (_without_sources(value, len(group)) for value in (rows, out))
+        result.index_copy_(0, rows, out)
+    assert result is not None
+    return result
+
+
+def _rows(run: Run, x: Tensor, group: Group) -> Tensor:
+    """Rows of the sources and of the group's targets."""
+    key = ("group rows", x.shape[0], group, x.device)
+    if key not in run.made:
+        kept = [0, *(target + 1 for target in group)]
+        rows = [first + branch for first in range(0, x.shape[0], run.branches) for branch in kept]
+        run.made[key] = torch.tensor(rows, dtype=torch.long, device=x.device)
+    return run.made[key]
+
+
+def _without_sources(value: Tensor, targets: int) -> Tensor:
+    return value.unflatten(0, (-1, 1 + targets))[:, 1:].flatten(0, 1)
+
+
+def _is_batch(value: Any, x: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == x.shape[0]
+
+
+def _taken(value: Any, x: Tensor, rows: Tensor) -> Any:
+    if isinstance(value, dict):
+        return {name: _taken(entry, x, rows) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_taken(entry, x, rows) for entry in value)
+    return value.index_select(0, rows.to(value.device)) if _is_batch(value, x) else value
+
+
+def _copied(value: Any) -> Any:
+    """Lists and dicts anew, for a forward may take entries out of them."""
+    if isinstance(value, dict):
+        return {name: _copied(entry) for name, entry in value.items()}
+    return type(value)(map(_copied, value)) if isinstance(value, list | tuple) else value
