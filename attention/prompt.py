@@ -64,9 +64,12 @@ class Prompt:
     def occurrences(self, phrase: str) -> list[tuple[int, ...]]:
         """Every place where `phrase` stands, as indices of words; white space and case do not matter.
 
-        The phrase may be written as in the prompt, weights included: "(red hair:1.2)" is "red hair".
+        The phrase may be written as in the prompt, weights and punctuation included: "(red hair:1.2)," is
+        "red hair", unless just that is in the prompt.
         """
-        return self._places(_squash(phrase)) or self._places(_squash(_without_weights(phrase)))
+        plain = _squash(_without_weights(phrase))
+        spellings = (_squash(phrase), plain, _without_punctuation(plain))
+        return next(filter(None, map(self._places, spellings)), [])
 
     def _places(self, wanted: str) -> list[tuple[int, ...]]:
         texts = [_squash(word.text) for word in self.words]
@@ -194,6 +197,12 @@ def _squash(text: str) -> str:
     text = re.sub(r"(embedding:[^\s,]+?)\.(safetensors|pt|bin)(?![^\s,])", r"\1", text)
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     return "".join(c for c in folded if not c.isspace() and unicodedata.category(c) not in ("Cc", "Cf"))
+
+
+def _without_punctuation(text: str) -> str:
+    """Text from its first letter or symbol to its last: the vocabulary joins punctuation, ")," is one word."""
+    inside = [n for n, letter in enumerate(text) if not is_punctuation(letter)]
+    return text[inside[0] : inside[-1] + 1] if inside else ""
 
 
 def _without_weights(phrase: str) -> str:

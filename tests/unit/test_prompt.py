@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from p2p.attention.prompt import END, START, Word, WordNotFound, read_prompt, split_words
+from p2p.attention.prompt import END, START, Word, WordNotFound, read_prompt, spell, split_words
 from p2p.tests.prompts import pieces_of, prompt_of
 
 
@@ -100,6 +100,9 @@ CAT = "a cat , and a big cat on the red bi|cycle"
         ("a cat", (1, 2)),
         ("red  bicycle", (10, 11, 12)),
         ("cat,", (2, 3)),
+        ("big cat,", (6, 7)),
+        ("(Big cat:1.2)", (6, 7)),
+        ("((cat)#2", (7,)),
         (",", (3,)),
         ("a#2", (5,)),
     ],
@@ -140,6 +143,9 @@ def test_a_number_sign_in_the_prompt_is_a_word_like_others():
         ("cat", ["cat"]),
         ("cat, red hat", ["cat", "red hat"]),
         ("cat\n dog ,, ", ["cat", "dog"]),
+        ('hat, "red, white and blue", "cat"#2', ["hat", "red, white and blue", "cat#2"]),
+        ('a sign with "no", cat', ['a sign with "no"', "cat"]),
+        ('"red\ncat', ["red", "cat"]),
         (" ,\n", []),
         ("", []),
     ],
@@ -151,3 +157,33 @@ def test_entries_of_a_widget_are_apart_by_commas_or_lines(text, entries):
 def test_hand_made_prompts_have_the_layout_of_the_host():
     (window,) = pieces_of("a bi|cycle")
     assert window[:5] == [START, "a</w>", "bi", "cycle</w>", END] and len(window) == 77
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("\u732b\u72ac", ["\u732b", "\u72ac"]),
+        ("\u30ab\u30e1\u30e9", ["\u30ab", "\u30e1", "\u30e9"]),
+        ("\U0001f431\U0001f436", ["\U0001f431", "\U0001f436"]),
+        ("\uace0\uc591\uc774", ["\uace0\uc591\uc774"]),
+        ("\u2764\ufe0f\U0001f431", ["\u2764\ufe0f\U0001f431"]),
+        ("\u732bcat", ["\u732bcat"]),
+    ],
+)
+def test_chinese_japanese_and_symbols_are_read_by_characters_and_other_writing_by_words(text, words):
+    letters = spelled(text)
+    prompt = read_prompt(text, [[START, *letters[:-1], letters[-1] + "</w>", END]])
+    assert [word.text for word in prompt.words] == words
+    assert [token for word in prompt.words for token in word.tokens] == list(range(1, len(letters) + 1))
+
+
+def test_characters_in_one_token_are_one_word():
+    first, second = spelled("\u732b\u72ac"), spelled("\u732b")
+    prompt = read_prompt("", [[START, first, second + "</w>", END]])
+    assert prompt.words == (Word("\u732b\u72ac", (1,)), Word("\u732b", (2,)))
+
+
+@pytest.mark.parametrize("text", ["embedding:caf\u00e9", "a", " \U0001f431"])
+def test_names_are_spelled_as_the_vocabulary_does(text):
+    assert spell(text) == spelled(text)
+    assert read_prompt("", [[START, spell(text) + "</w>", END]]).words[0].text == text
