@@ -167,7 +167,7 @@ def self_attention(
 def mixed_with_own(
     out: Tensor, attend_own: Attention, q: Tensor, k: Tensor, v: Tensor, step: SelfStep
 ) -> Tensor:
-    """weight out + (1 - weight) softmax(Q_t K_t^T / sqrt(d)) V_t in the targets' rows, `out` in all others."""
+    """weight out + (1 - weight) softmax(Q_t K_t^T / sqrt(d)) V_t in the targets' rows, out in all others."""
     if step.weight is None:
         return out
     queries, keys = step.rows_of(q), step.rows_of(k)

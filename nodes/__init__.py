@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .control import AttentionController, LocalBlendNode, TauScheduler
 from .demo import DemoModel
+from .features import FeatureInjection
 from .grid import ComparisonGrid
 from .invert import InvertImage
 from .maps import AttentionMaps
@@ -24,6 +25,7 @@ NODES: list[type[io.ComfyNode]] = [
     SplitBranches,
     AttentionMaps,
     InvertImage,
+    FeatureInjection,
     ComparisonGrid,
     DemoModel,
 ]

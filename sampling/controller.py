@@ -45,6 +45,7 @@ class Controller:
     maps: where the words' maps go. reads: tokens whose maps `state` needs during the run, or None.
     state: what acts on the sampler's state between steps, in this order.
     follows: the trajectory that the sources are kept on, one of `state`.
+    unguided: whether the sources' positive conditioning is their negative one too.
     mark: what tells this controller's conditioning from others.
     """
 
@@ -55,6 +56,7 @@ class Controller:
     reads: Tokens | None = None
     state: tuple[StateEdit, ...] = ()
     follows: Followed | None = None
+    unguided: bool = False
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def install(self, model: Any) -> None:
@@ -131,7 +133,7 @@ class Controller:
         run = run_of(extra_args["model_options"])
         if run is not None:
             run.lengths = self._own_conditionings(guider.conds)
-            if self.follows is not None and self.follows.trajectory.reconstruction == "negative prompt":
+            if self.unguided:
                 unguided_sources(guider.conds, run.lengths, self.edit.branches)
         sampler = executor.class_obj
         function = getattr(sampler, "sampler_function", None)
@@ -273,11 +275,6 @@ def control(
     model, WordNotFound for words of the schedule that are in no target or of the blend that are in no prompt.
     """
     tau.check_words(edit)
-    if model.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY):
-        raise ValueError(
-            "The model already comes from an Attention Controller; connect the model from before it. "
-            "One controller takes several targets."
-        )
     blocks = cross_attention_blocks(model.get_model_object("diffusion_model"))
     follows = follow(model, trajectory)
     state: list[StateEdit] = [] if follows is None else [follows]
@@ -294,10 +291,24 @@ def control(
         reads,
         tuple(state),
         follows,
+        unguided=follows is not None and follows.trajectory.reconstruction == "negative prompt",
     )
+    return controlled(model, controller)
+
+
+def controlled(model: Any, controller: Controller) -> tuple[Any, list]:
+    """A clone of the model with the controller on it, and the positive CONDITIONING that goes with it.
+
+    Raises ValueError for a model that has a controller already.
+    """
+    if model.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY):
+        raise ValueError(
+            "The model already comes from an Attention Controller or Plug-and-Play Features; "
+            "connect the model from before it. One node takes several targets."
+        )
     patched = model.clone()
     controller.install(patched)
-    return patched, paired_conditioning(edit, controller.mark)
+    return patched, paired_conditioning(controller.edit, controller.mark)
 
 
 def cross_attention_blocks(diffusion_model: torch.nn.Module) -> dict[BlockKey, int]:

@@ -33,7 +33,8 @@ def paired_conditioning(edit: Edit, mark: str) -> list:
             "Source and targets were encoded into different numbers of conditionings "
             f"({', '.join(str(len(entries)) for entries in branches)}); use the same CLIP for all of them."
         )
-    length = conditioning_length(edit)
+    tokens = (cond.shape[1] for entries in branches for cond, _ in entries)
+    length = math.lcm(conditioning_length(edit), *tokens)
     return [_pair_entry(entries, length, mark) for entries in zip(*branches, strict=True)]
 
 
