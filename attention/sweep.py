@@ -24,7 +24,7 @@ def sweep(
     re-weighted before are meant, else those that the source does not have.
 
     Raises ValueError unless the edit has one target, count is 2 to 16 and the parameter is one of these;
-    WordNotFound for words that are not in the target.
+    WordNotFound for words, the schedule's too, that are not in the target.
     """
     if len(edit.targets) != 1:
         raise ValueError(
@@ -35,6 +35,7 @@ def sweep(
         raise ValueError(f"count is {count}; expected {LIMITS[0]} to {LIMITS[1]}.")
     if parameter not in PARAMETERS:
         raise ValueError(f"parameter is {parameter!r}; expected one of {', '.join(PARAMETERS)}.")
+    tau.check_words(edit)
     (target,) = edit.targets
     if parameter == "scale":
         tokens = _tokens_to_scale(edit, words)

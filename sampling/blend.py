@@ -53,5 +53,9 @@ class BlendState:
             )
         if self.blend.mask is not None:
             given = self.blend.mask.to(mask)
+            if len(given) not in (1, pairs):
+                raise ValueError(
+                    f"Local Blend has {len(given)} masks for {pairs} pairs; expected 1 or {pairs}."
+                )
             mask = mask * F.interpolate(given[:, None], size, mode="bilinear", align_corners=False)
         return mask

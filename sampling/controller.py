@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import comfy.ldm.modules.attention as host_attention
+import latent_preview
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, UNetModel, Upsample
 from comfy.patcher_extension import WrappersMP
@@ -103,7 +104,7 @@ class Controller:
         self.maps.record(
             samples,
             run.maps.finish(run) if run.maps is not None and self.maps.wanted else None,
-            lambda: guider.sample(noise, latent_image, sampler, sigmas, *args, **kwargs),
+            lambda: _sample_again(guider, noise, latent_image, sampler, sigmas, args, kwargs),
         )
         return samples
 
@@ -341,6 +342,16 @@ def cross_attention_blocks(diffusion_model: torch.nn.Module) -> dict[BlockKey, i
             f"Prompt-to-Prompt works on {SUPPORTED}."
         )
     return blocks
+
+
+def _sample_again(
+    guider: Any, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, args: tuple, kwargs: dict
+) -> Tensor:
+    """Repeat a run, given what the host's OUTER_SAMPLE was called with; progress goes to the running node."""
+    names = ("denoise_mask", "callback", "disable_pbar", "seed")
+    given = dict(zip(names, args, strict=False)) | {name: kwargs[name] for name in names if name in kwargs}
+    given["callback"] = latent_preview.prepare_callback(guider.model_patcher, len(sigmas) - 1)
+    return guider.sample(noise, latent_image, sampler, sigmas, **given)
 
 
 def _has_own_tensors(entry: dict) -> bool:
