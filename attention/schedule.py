@@ -48,6 +48,9 @@ class Window:
         return min(1.0, falling, rising)
 
 
+SELF_MODES = ("map", "mutual")
+
+
 @dataclass(frozen=True)
 class TauSchedule:
     """When and where the source's attention replaces the target's.
@@ -57,6 +60,10 @@ class TauSchedule:
     self_resolution: self-attention is injected where the largest side of the layer's grid is at most this
         fraction of the latent's (0.5: 32 x 32 for a 64 x 64 latent), Hertz et al. 2023, section 4.
     words: windows for single words or phrases of the target, instead of `cross`.
+    self_mode: "map": the target takes the source's self-attention map (Hertz et al. 2023). "mutual": it looks
+        at the source, its own queries on the source's keys and values, in all layers from `mutual_layer` on
+        and in both halves of guidance (Cao et al. 2023), so that shapes may change and looks stay.
+    mutual_layer: the first layer of mutual self-attention, as a fraction of all layers in their order.
     """
 
     cross: Window = Window(0.0, 0.8)
@@ -64,11 +71,16 @@ class TauSchedule:
     fade: float = 0.0
     self_resolution: float = 0.5
     words: tuple[tuple[str, Window], ...] = ()
+    self_mode: str = "map"
+    mutual_layer: float = 0.63
 
     def __post_init__(self) -> None:
-        for name, value in (("fade", self.fade), ("self_resolution", self.self_resolution)):
+        for name in ("fade", "self_resolution", "mutual_layer"):
+            value = getattr(self, name)
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"{name} is {value:g}; expected a number from 0 to 1.")
+        if self.self_mode not in SELF_MODES:
+            raise ValueError(f"self_mode is {self.self_mode!r}; expected one of {', '.join(SELF_MODES)}.")
 
     def check_words(self, edit: Edit) -> None:
         """Raise WordNotFound for a word with a window of its own that is in none of the targets."""
@@ -85,9 +97,9 @@ class TauSchedule:
                 weights[list(target.prompt.find(word))] = window.weight(progress, self.fade)
         return weights
 
-    def self_weight(self, progress: float) -> float:
-        """Weight of the self-attention window, from 0 to 1."""
-        return self.self_.weight(progress, self.fade)
+    def self_weight(self, progress: float, mode: str = "map") -> float:
+        """Weight of the self-attention window, from 0 to 1; 0 if the schedule's mode is another one."""
+        return self.self_.weight(progress, self.fade) if mode == self.self_mode else 0.0
 
 
 def parse_word_windows(text: str) -> tuple[tuple[str, Window], ...]:

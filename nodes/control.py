@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..attention.blend import LocalBlend, read_blend
 from ..attention.edit import Edit
-from ..attention.schedule import TauSchedule, Window, parse_word_windows
+from ..attention.schedule import SELF_MODES, TauSchedule, Window, parse_word_windows
 from ..sampling.controller import control
 from ..sampling.maps import MapsHandle
 from ..sampling.trajectory import Trajectory
@@ -21,6 +21,7 @@ from .types import (
     MapsIO,
     TauIO,
     blend_input,
+    check_options,
     is_wired,
     trajectory_input,
 )
@@ -75,6 +76,25 @@ class TauScheduler(io.ComfyNode):
                     tooltip="Cross-attention windows for words or phrases of the target, one per line: "
                     "'hat: 0.3' or 'red hair: 0.1-0.6'.",
                 ),
+                io.Combo.Input(
+                    "self_mode",
+                    options=list(SELF_MODES),
+                    default=SELF_MODES[0],
+                    optional=True,
+                    tooltip="map: self-attention takes the source's map, which keeps shapes. mutual: it "
+                    "looks at the source's picture (MasaCtrl), which keeps looks and lets poses and shapes "
+                    "change; try self_start 0.1, self_end 1 and cross_end 0.",
+                ),
+                io.Float.Input(
+                    "mutual_layer",
+                    default=0.63,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="Mutual mode, in place of self_resolution: the first layer, as a fraction of all "
+                    "layers. 0.63 is layer 10 of 16 in SD1.5.",
+                ),
             ],
             outputs=[TauIO.Output("tau", display_name="tau")],
         )
@@ -87,6 +107,7 @@ class TauScheduler(io.ComfyNode):
         self_start: float | None = None,
         self_end: float | None = None,
         words: str | None = None,
+        self_mode: str | None = None,
     ) -> bool | str:
         windows = (("cross", cross_start, cross_end), ("self", self_start, self_end))
         for name, start, end in windows:
@@ -98,7 +119,7 @@ class TauScheduler(io.ComfyNode):
             parse_word_windows(words or "")
         except ValueError as error:
             return f"words: {error}"
-        return True
+        return check_options(self_mode=(self_mode, SELF_MODES))
 
     @classmethod
     def execute(
@@ -110,6 +131,8 @@ class TauScheduler(io.ComfyNode):
         fade: float,
         self_resolution: float,
         words: str,
+        self_mode: str = SELF_MODES[0],
+        mutual_layer: float = 0.63,
     ) -> io.NodeOutput:
         return io.NodeOutput(
             TauSchedule(
@@ -118,6 +141,8 @@ class TauScheduler(io.ComfyNode):
                 fade,
                 self_resolution,
                 parse_word_windows(words),
+                self_mode,
+                mutual_layer,
             )
         )
 

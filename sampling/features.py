@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +16,7 @@ from ..attention.inject import Rows, self_attention, self_step
 from ..attention.plan import CrossStep
 from ..attention.schedule import Window
 from .controller import Controller, controlled, cross_attention_blocks
-from .injection import BlockKey, Slots
+from .injection import BlockKey, Slots, check_pixels
 from .maps import MapsHandle
 from .run import Call
 from .trajectory import Trajectory, follow
@@ -45,10 +45,14 @@ class PlugAndPlay:
         slots = Slots(call.options, self.blocks)
         if self.attention.weight(progress):
             step = self_step(rows, (1.0,) * (call.run.branches - 1), call.x.dtype)
-            slots.fill(
-                "attn1",
-                lambda attend, attend_own, q, k, v, _: self_attention(attend, attend_own, q, k, v, step),
-            )
+
+            def inject(
+                attend: Callable, attend_own: Callable, q: Tensor, k: Tensor, v: Tensor, _: dict
+            ) -> Tensor:
+                check_pixels(q, k, "Set attention_end to 0")
+                return self_attention(attend, attend_own, q, k, v, step)
+
+            slots.fill("attn1", inject)
         copied = self.features.weight(progress) > 0.0
         with copied_features(call.network, self.number, rows) if copied else nullcontext():
             yield slots.options

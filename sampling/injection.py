@@ -12,6 +12,7 @@ import comfy.ldm.modules.attention as host_attention
 from torch import Tensor
 
 from ..attention.edit import Edit
+from ..attention.features import mutual_self_attention
 from ..attention.inject import SelfStep, cross_attention, self_attention, self_step
 from ..attention.plan import CrossStep, Plan, make_plan
 from ..attention.schedule import TauSchedule
@@ -46,10 +47,14 @@ class PromptToPrompt:
 
     @contextmanager
     def injected(self, call: Call) -> Iterator[dict]:
-        if not call.own:
-            yield call.options
-            return
         slots = Slots(call.options, self.blocks)
+        if call.own:
+            self._inject_maps(call, slots)
+        self._inject_mutual(call, slots)
+        yield slots.options
+
+    def _inject_maps(self, call: Call, slots: Slots) -> None:
+        """The source's maps, in the pair's own conditioning."""
         plan = self._plan(call, self.edit)
         cross = plan.cross[call.step]
         if cross is not None:
@@ -71,16 +76,27 @@ class PromptToPrompt:
                 here = tuple(w if grid <= cap else 0.0 for w, cap in zip(weights, caps, strict=True))
                 if not any(here):
                     return attend(q, k, v)
-                if q.shape[0] * q.shape[1] < k.shape[0] * k.shape[1]:
-                    raise ValueError(
-                        "Another node merges pixels for self-attention (ToMe), differently for source and "
-                        "target, in a layer in which the source's self-attention is injected. Set "
-                        "self_resolution of the tau Scheduler to 0.5 or less, or take the other node out."
-                    )
-                return self_attention(attend, attend_own, q, k, v, _self_step(call, here, v))
+                check_pixels(q, k, "Set self_resolution of the tau Scheduler to 0.5 or less")
+                return self_attention(attend, attend_own, q, k, v, _self_step(call, call.own, here, v))
 
             slots.fill("attn1", inject)
-        yield slots.options
+
+    def _inject_mutual(self, call: Call, slots: Slots) -> None:
+        """The source's keys and values of self-attention, in every conditioning."""
+        schedules = [target.tau or self.tau for target in self.edit.targets]
+        weights = [schedule.self_weight(call.step / call.run.steps, "mutual") for schedule in schedules]
+        first = [round(schedule.mutual_layer * len(self.blocks)) for schedule in schedules]
+        chunks = tuple(range(call.chunks))
+        for layer, block in enumerate(self.blocks):
+            here = tuple(w if layer >= start else 0.0 for w, start in zip(weights, first, strict=True))
+            if any(here):
+                slots.fill(
+                    "attn1",
+                    lambda attend, attend_own, q, k, v, _, here=here: mutual_self_attention(
+                        attend, attend_own, q, k, v, _self_step(call, chunks, here, v)
+                    ),
+                    (block,),
+                )
 
     def cross_step(self, call: Call) -> CrossStep | None:
         return self._plan(call, self.edit.without_gain()).cross[call.step]
@@ -95,8 +111,17 @@ class PromptToPrompt:
         return call.run.made[key]
 
 
-def _self_step(call: Call, weights: tuple[float, ...], like: Tensor) -> SelfStep:
-    rows = call.rows(call.own, tuple(weight > 0.0 for weight in weights))
+def check_pixels(q: Tensor, k: Tensor, remedy: str) -> None:
+    """Raise ValueError, with what to do, if the pixels of self-attention's queries were merged."""
+    if q.shape[0] * q.shape[1] < k.shape[0] * k.shape[1]:
+        raise ValueError(
+            "Another node merges pixels for self-attention (ToMe), differently for source and target, in a "
+            f"layer in which the source's self-attention is injected. {remedy}, or take the other node out."
+        )
+
+
+def _self_step(call: Call, chunks: tuple[int, ...], weights: tuple[float, ...], like: Tensor) -> SelfStep:
+    rows = call.rows(chunks, tuple(weight > 0.0 for weight in weights))
     key = ("self", rows, weights, like.dtype)
     if key not in call.run.made:
         call.run.made[key] = self_step(rows, weights, like.dtype)
@@ -108,9 +133,7 @@ class Slots:
 
     def __init__(self, options: dict, blocks: tuple[BlockKey, ...]):
         self._blocks = blocks
-        self._replaced = {
-            name: dict(patches) for name, patches in options.get("patches_replace", {}).items()
-        }
+        self._replaced = {name: dict(patches) for name, patches in options.get("patches_replace", {}).items()}
         self.options = {**options, "patches_replace": self._replaced}
 
     def fill(self, name: str, inject: Inject, blocks: tuple[BlockKey, ...] | None = None) -> None:

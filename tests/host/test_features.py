@@ -12,6 +12,7 @@ from p2p.nodes import AttentionController, FeatureInjection
 from p2p.sampling.controller import cross_attention_blocks
 from p2p.sampling.features import feature_layers, plug_and_play
 from p2p.sampling.invert import invert
+from p2p.tests.host.checkpoints import FAMILIES, load, network_of
 from p2p.tests.host.runs import (
     EDITED,
     FULL,
@@ -19,15 +20,13 @@ from p2p.tests.host.runs import (
     STOCK,
     TARGET,
     Settings,
+    Studio,
     assert_close,
     difference,
     empty,
     ksampler,
     picture,
 )
-from p2p.tests.host.test_families import encode, family, pair
-
-__all__ = ["family"]
 
 STEPS = 4
 
@@ -112,43 +111,37 @@ def test_a_run_equals_stored_features_and_attention(studio, ends):
     assert difference(target, studio.plain(TARGET, settings)) > EDITED
 
 
-LAYERS = {"SD15": 4, "SD20": 4, "SDXL": 1, "SDXLRefiner": 4, "SSD1B": 1}
+PUBLISHED = {"SD1.5": 4, "SD2.0": 4, "SDXL": 1, "SDXL refiner": 4, "SSD-1B": 1, "KOALA 700M": 1}
 
 
-def test_the_layers_are_the_published_ones_and_those_of_their_resolution(family, request):
-    """Block 4 of SD1.x is at a quarter of the latent's sides, the second one of its level."""
-    model = family[0].get_model_object("diffusion_model")
-    name = request.node.callspec.params["family"]
-    number, blocks = feature_layers(cross_attention_blocks(model))
-    assert number == LAYERS[name]
-    assert {block[:2] for block in blocks} == {
-        ("output", n) for n in range(number, 12) if ("output", n, 0) in cross_attention_blocks(model)
-    }
-    depths = [block for block in blocks if block[:2] == ("output", number)]
-    assert len(depths) == len([b for b in cross_attention_blocks(model) if b[:2] == ("output", number)])
-    if name == "SD15":
-        assert {block[1] for block in blocks} == set(range(4, 12))
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_layers_are_the_published_ones_and_those_of_their_resolution(name):
+    """Block 4 of SD1.x is the second of its level, which has a quarter of the latent's sides."""
+    blocks = cross_attention_blocks(network_of(name))
+    number, injected = feature_layers(blocks)
+    assert number == PUBLISHED[name]
+    assert list(injected) == [block for block in blocks if block[0] == "output" and block[1] >= number]
+    assert {blocks[block] for block in injected if block[1] == number} == {4}
+    if name == "SD1.5":
+        assert [block[1] for block in injected] == [4, 5, 6, 7, 8, 9, 10, 11]
 
 
-def test_every_family_equals_stored_features_and_attention(family, demo_model, request):
-    model, width = family
-    number = LAYERS[request.node.callspec.params["family"]]
-    edit = pair(demo_model[1], width, "a watercolor of a dog on a beach")
-    sampling = model.get_model_object("model_sampling")
+@pytest.mark.parametrize("name", ["SD1.5", "SDXL"])
+def test_on_real_layouts_a_run_equals_stored_features_and_attention(name, tmp_path):
+    studio = Studio(*load(tmp_path / "model.ckpt", FAMILIES[name]))
+    sampling = studio.model.get_model_object("model_sampling")
     sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", STEPS)
-    latent = {"samples": torch.zeros(1, 4, 16, 24)}
     settings = Settings(steps=STEPS, advanced={"last_step": 2})
 
-    def sample(model, conditioning):
-        return ksampler(model, conditioning, encode(width, 3), latent, settings)
+    def sample(model, text):
+        return ksampler(model, studio.encode(text), studio.negative, empty(), settings)
 
-    controlled, positive = plug_and_play(model, edit, 0.25, 0.5)
-    rows = {"samples": latent["samples"].repeat(2, 1, 1, 1), "batch_index": [0, 0]}
-    found = ksampler(controlled, positive, encode(width, 3), rows, settings)
-    texts = (edit.source.conditioning, edit.targets[0].conditioning)
-    expected = naive(model, number, sample, sigmas, texts, (0.25, 0.5))
-    for one, other in zip(found.split(1), expected, strict=True):
-        assert_close(one, other, 1e-3)
+    found = injected(studio, studio.edit(), (0.25, 0.5), settings)
+    expected = naive(studio.model, PUBLISHED[name], sample, sigmas, (SOURCE, TARGET), (0.25, 0.5))
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other, 1e-4)
+    plain = ksampler(studio.model, studio.encode(TARGET), studio.negative, empty(), settings)
+    assert difference(found[1], plain) > 1e-3
 
 
 # What holds on every run
