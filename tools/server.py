@@ -4,6 +4,8 @@ Its output, input, temp and user folders and its database lie in a folder of its
 this checkout is loaded. The models of the host in use can be read.
 
     python -m tools.server [--port 8188]      runs until interrupted (`make serve`)
+
+FRONT_END_ROOT names another page than the host's: the folder `static` of a comfyui-frontend-package.
 """
 
 from __future__ import annotations
@@ -138,6 +140,8 @@ def prepare(folder: Path, host: Path, packs: dict[str, Path]) -> list[str]:
         "--whitelist-custom-nodes",
         *packs,
     ]
+    if page := os.environ.get("FRONT_END_ROOT"):
+        arguments += ["--front-end-root", page]
     models = sorted(path.name for path in (host / "models").glob("*/"))
     if models:
         # JSON is YAML; the host reads its own models folder through this file.

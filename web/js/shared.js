@@ -97,12 +97,12 @@ export function redraw(element) {
 
 function frame() {
   for (const [element, entry] of followed) {
-    if (!isThere(entry.node) && entry.wasThere) entry.node = successor(entry.node);
+    if (!isThere(entry.node) && entry.wasThere) succeed(entry);
     if (isThere(entry.node)) entry.wasThere = true;
     else if (entry.wasThere && !element.isConnected) followed.delete(element);
     if (!element.isConnected) continue;
     const values = entry.read(entry.node);
-    const now = JSON.stringify([entry.node.id, values]);
+    const now = JSON.stringify(values);
     if (now === entry.last) continue;
     entry.last = now;
     try {
@@ -118,9 +118,11 @@ function isThere(node) {
   return node.graph?.getNodeById(node.id) === node;
 }
 
-function successor(node) {
-  const found = app.canvas.graph?.getNodeById(node.id);
-  return found?.comfyClass === node.comfyClass ? found : node;
+function succeed(entry) {
+  const found = app.canvas.graph?.getNodeById(entry.node.id);
+  if (found?.comfyClass !== entry.node.comfyClass) return;
+  entry.node = found;
+  entry.last = undefined;
 }
 
 /** Adds a picture to a node, below its widgets: not a value, so in no workflow and no prompt. */
