@@ -166,7 +166,8 @@ def _around(previous: Replacement | None, inject: Inject) -> Replacement:
 def grid_fraction(grid: Sequence[int], latent: Sequence[int]) -> float:
     """Sides of a layer's grid as a fraction of the latent's, the larger of the two.
 
-    A side that was halved k times, rounding up, is exactly 1 / 2^k; others come from nodes that resize features.
+    A side that was halved k times, rounding up, is exactly 1 / 2^k; others come from nodes that
+    resize features.
     """
 
     def fraction(side: int, full: int) -> float:

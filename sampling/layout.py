@@ -1,7 +1,7 @@
-"""What conditionings hold for the items of a batch, laid out for pairs: an item's value on all of its branches.
+"""What conditionings hold for the items of a batch, laid out for pairs: on all of an item's branches.
 
-The host gives row i of a batch the value number i modulo the number of values. In a paired batch the rows of an
-item are its branches, so values that belong to items are repeated over these before the run.
+The host gives row i of a batch the value number i modulo the number of values. In a paired batch the rows of
+an item are its branches, so values that belong to items are repeated over these before the run.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ PROMPTS = ("cross_attn", "pooled_output", "cross_attn_controlnet", "pooled_outpu
 def lay_out(conds: dict[str, list[dict]], pairs: int, branches: int) -> None:
     """Lay out masks, ControlNet images, concatenated latents and prompts of several rows; in place.
 
-    conds: of a guider at the beginning of its run, by role; the tensors and ControlNets in them, which are the
-    user's values, are left as they are. Entries with a controller's mark keep the rows of their prompts.
+    conds: of a guider at the beginning of its run, by role; the tensors and ControlNets in them, which are
+    the user's values, are left as they are. Entries with a controller's mark keep the rows of their prompts.
     """
     tiled = partial(_tiled, pairs=pairs, branches=branches)
     controls: dict[int, Any] = {}
@@ -54,9 +54,9 @@ def _has_rows(value: Any, dimensions: int) -> bool:
 
 
 def _laid_out_control(control: Any, tiled: Callable[[Tensor], Tensor], made: dict[int, Any]) -> Any:
-    """A ControlNet, or the chain that it ends, with images for every row; itself where one image does for all.
+    """A ControlNet, or the chain that it ends, with images for every row; itself where one does for all.
 
-    made: what was made for each ControlNet; conditionings that share one keep sharing it, and so a model call.
+    made: what was made for each; conditionings that share one keep sharing it, and so a model call.
     """
     if id(control) not in made:
         previous = control.previous_controlnet

@@ -126,8 +126,8 @@ def begin_call(x: Tensor, context: Any, options: dict, targets: Group, network: 
     if own and x.shape[0] != len(uuids) * latents:
         raise ValueError(
             f"A model call has {x.shape[0]} rows where {len(uuids)} conditionings of {latents} latents are "
-            "expected: another node between the Attention Controller and the sampler computes several tiles or "
-            "windows in one call. Set its tile batch size to 1, or take it out."
+            "expected: another node between the Attention Controller and the sampler computes several tiles "
+            "or windows in one call. Set its tile batch size to 1, or take it out."
         )
     step = step_of(float(options["sigmas"][0]), run.sigmas)
     return Call(run, x, context, options, step, len(uuids), own, targets, network)

@@ -9,6 +9,7 @@ import comfy.sample
 import comfy.utils
 import latent_preview
 import torch
+from einops import repeat
 from torch import Tensor
 
 from ..attention.blend import LocalBlend
@@ -41,18 +42,19 @@ def sample_pairs(
     Returns the sources' LATENT, item by item, and the targets', all targets of an item in a row.
     """
     patched, positive = control(model, edit, tau, blend, trajectory, maps)
-    paired = paired_latent(latent, edit.branches)
-    image = comfy.sample.fix_empty_latent_channels(patched, paired["samples"])
+    items = comfy.sample.fix_empty_latent_channels(patched, latent["samples"])
+    noise = comfy.sample.prepare_noise(items, seed, latent.get("batch_index"))
+    paired = paired_latent({**latent, "samples": items}, edit.branches)
     samples = comfy.sample.sample(
         patched,
-        comfy.sample.prepare_noise(image, seed, paired["batch_index"]),
+        repeat(noise, "b ... -> (b n) ...", n=edit.branches),
         steps,
         cfg,
         sampler_name,
         scheduler,
         positive,
         negative,
-        image,
+        paired["samples"],
         denoise=denoise,
         noise_mask=paired.get("noise_mask"),
         callback=preview_callback(patched, steps, edit.branches),

@@ -809,7 +809,7 @@ def test_law_8_the_state_of_a_run_is_dropped_whoever_keeps_the_options(studio, e
         if ends == "interrupted":
             raise Stop
 
-    sample.class_obj = SimpleNamespace(model_options=options)
+    sample.class_obj = SimpleNamespace(model_options=options, conds={})
     with suppress(Stop):
         outer_sample(sample, torch.zeros(2, 4, 8, 8), torch.zeros(2, 4, 8, 8), None, torch.tensor([1.0, 0.0]))
     assert seen == [2]
