@@ -200,7 +200,7 @@ def _squash(text: str) -> str:
 
 
 def _without_punctuation(text: str) -> str:
-    """Text from its first letter or symbol to its last: the vocabulary joins punctuation, ")," is one word."""
+    """Text from its first to its last letter or symbol: the vocabulary joins punctuation, ")," is a word."""
     inside = [n for n, letter in enumerate(text) if not is_punctuation(letter)]
     return text[inside[0] : inside[-1] + 1] if inside else ""
 

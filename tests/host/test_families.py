@@ -1,139 +1,212 @@
-"""The laws on the real block layouts of the model families, at small widths with random weights."""
+"""The laws on every model family, loaded by ComfyUI from checkpoint files with the family's block layout."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from typing import Any
 
 import comfy.model_patcher
 import comfy.supported_models
 import pytest
 import torch
-from p2p.attention.schedule import TauSchedule, Window
+from comfy_extras.nodes_ip2p import InstructPixToPixConditioning
+from p2p.nodes import AttentionController
 from p2p.sampling.controller import cross_attention_blocks
-from p2p.sampling.encode import start_edit
-from p2p.sampling.sampler import sample_pairs
-from p2p.tests.host.runs import assert_close, difference
+from p2p.tests.host.checkpoints import COMMON, FAMILIES, load
+from p2p.tests.host.runs import EMPTY, FULL, Settings, Studio, assert_close, difference, ksampler
 
-import nodes
+import nodes as host_nodes
 
-COMMON = {
-    "image_size": 32,
-    "in_channels": 4,
-    "out_channels": 4,
-    "model_channels": 64,
-    "use_spatial_transformer": True,
-    "legacy": False,
-    "use_temporal_attention": False,
-    "num_heads": -1,
-    "num_head_channels": 64,
-    "use_linear_in_transformer": True,
-}
-FOUR_LEVELS = {"num_res_blocks": [2, 2, 2, 2], "channel_mult": [1, 2, 4, 4]}
-THREE_LEVELS = {"num_res_blocks": [2, 2, 2], "channel_mult": [1, 2, 4]}
-SD = FOUR_LEVELS | {
-    "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
-    "transformer_depth_output": [1] * 9 + [0] * 3,
-    "transformer_depth_middle": 1,
-    "adm_in_channels": None,
-}
-POOLED = {"adm_in_channels": 2816, "num_classes": "sequential", "context_dim": 2048}
-HEADS = {"num_heads": 8, "num_head_channels": -1, "model_channels": 32, "use_linear_in_transformer": False}
-FAMILIES = {
-    "SD15": SD | HEADS | {"context_dim": 768},
-    "SD20": SD | {"context_dim": 1024},
-    "SDXL": THREE_LEVELS
-    | POOLED
-    | {
-        "transformer_depth": [0, 0, 2, 2, 10, 10],
-        "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
-        "transformer_depth_middle": 10,
-    },
-    "SDXLRefiner": FOUR_LEVELS
-    | POOLED
-    | {
-        "transformer_depth": [0, 0, 4, 4, 4, 4, 0, 0],
-        "transformer_depth_output": [0, 0, 0, 4, 4, 4, 4, 4, 4, 0, 0, 0],
-        "transformer_depth_middle": 4,
-        "context_dim": 1280,
-        "adm_in_channels": 2560,
-    },
-    "SSD1B": THREE_LEVELS
-    | POOLED
-    | {
-        "transformer_depth": [0, 0, 2, 2, 4, 4],
-        "transformer_depth_output": [0, 0, 0, 1, 1, 2, 10, 4, 4],
-        "transformer_depth_middle": -1,
-    },
-}
+SOURCE = "a cat on a beach"
+TARGETS = [SOURCE, "a watercolor of a red dog on a beach, (snow:1.3)"]
+SETTINGS = Settings(steps=2)
 TOLERANCE = 1e-4
-NOTHING = TauSchedule(Window(0.0, 0.0), Window(0.0, 0.0))
-EVERYTHING = TauSchedule(Window(0.0, 1.0), Window(0.0, 1.0), self_resolution=1.0)
+CONCATENATED = [name for name, family in FAMILIES.items() if family.channels > 4]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def family(request):
-    """(MODEL, width of its text conditioning)."""
-    layout = COMMON | FAMILIES[request.param]
-    config = getattr(comfy.supported_models, request.param)(layout)
-    config.set_inference_dtype(torch.float32, None)
-    model = config.get_model({}, "", device="cpu")
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.diffusion_model.parameters():
-        if parameter.ndim > 1:
-            scale = 0.6 * parameter[0].numel() ** -0.5
-            parameter.data = torch.randn(parameter.shape, generator=generator) * scale
-        else:
-            parameter.data = torch.ones_like(parameter)
-    cpu = torch.device("cpu")
-    return comfy.model_patcher.ModelPatcher(model, cpu, cpu), layout["context_dim"]
+def family(request: Any, tmp_path_factory: Any) -> tuple[Any, Studio]:
+    """What the checkpoint should be taken for, and a studio with the host's MODEL and CLIP."""
+    expected = FAMILIES[request.param]
+    path = tmp_path_factory.mktemp("checkpoints") / "model.ckpt"
+    with torch.inference_mode():
+        return expected, Studio(*load(path, expected))
 
 
-def encode(width, seed):
-    generator = torch.Generator().manual_seed(seed)
-    pooled = torch.randn(1, 1280, generator=generator)
-    return [[torch.randn(1, 77, width, generator=generator), {"pooled_output": pooled}]]
+@pytest.fixture(scope="module")
+def empty_tau(family):
+    """A paired run in which nothing is injected: (source, targets)."""
+    with torch.inference_mode():
+        studio = family[1]
+        return studio.paired(studio.edit(SOURCE, *TARGETS), EMPTY, SETTINGS)
 
 
-def pair(clip, width, target):
-    edit = start_edit(clip, "a cat on a beach", target, "auto")
-    conditioning = encode(width, 1 if target == edit.source.text else 2)
-    targets = (replace(edit.targets[0], conditioning=conditioning),)
-    return replace(edit, source=replace(edit.source, conditioning=encode(width, 1)), targets=targets)
-
-
-def paired(family, edit, tau):
-    model, width = family
-    latent = {"samples": torch.zeros(1, 4, 16, 24)}
-    sources, targets = sample_pairs(
-        model, edit, tau, encode(width, 3), latent, 1, 2, 5.0, "euler", "normal", 1.0
-    )
-    return sources["samples"], targets["samples"]
-
-
-def plain(family, conditioning):
-    model, width = family
-    latent = {"samples": torch.zeros(1, 4, 16, 24)}
-    return nodes.common_ksampler(model, 1, 2, 5.0, "euler", "normal", conditioning, encode(width, 3), latent)[
-        0
-    ]["samples"]
+def test_the_host_takes_the_checkpoint_for_its_family(family):
+    expected, studio = family
+    model = studio.model.model
+    assert type(model.model_config).__name__ == expected.config
+    assert type(model).__name__ == expected.model
+    assert model.model_type.name == expected.prediction
+    assert model.model_config.unet_config["in_channels"] == expected.channels
 
 
 def test_every_cross_attention_of_the_model_is_found(family):
-    network = family[0].get_model_object("diffusion_model")
+    network = family[1].model.get_model_object("diffusion_model")
     layers = [name for name, _ in network.named_modules() if name.endswith(".attn2")]
     assert len(cross_attention_blocks(network)) == len(layers) > 0
 
 
-def test_law_1_equal_prompts_give_equal_images(family, demo_model):
-    source, target = paired(family, pair(demo_model[1], family[1], "a cat on a beach"), EVERYTHING)
-    assert_close(target, source, TOLERANCE)
+def test_law_2_with_tau_empty_all_branches_are_plain_runs(family, empty_tau):
+    """Each with its own prompt, pooled output and size embedding."""
+    _, studio = family
+    source, targets = empty_tau
+    assert_close(source, studio.plain(SOURCE, SETTINGS), TOLERANCE)
+    for target, text in zip(targets.split(1), TARGETS, strict=True):
+        assert_close(target, studio.plain(text, SETTINGS), TOLERANCE)
 
 
-def test_laws_2_and_3_branches_are_plain_runs_and_the_source_stays_one(family, demo_model):
-    edit = pair(demo_model[1], family[1], "a watercolor of a dog on a beach")
-    source, target = paired(family, edit, NOTHING)
-    assert_close(source, plain(family, edit.source.conditioning), TOLERANCE)
-    assert_close(target, plain(family, edit.targets[0].conditioning), TOLERANCE)
-    edited_source, edited_target = paired(family, edit, EVERYTHING)
-    assert torch.equal(edited_source, source)
-    assert difference(edited_target, target) > 10 * TOLERANCE
+def test_laws_1_and_3_equal_prompts_give_equal_images_and_the_source_never_changes(family, empty_tau):
+    _, studio = family
+    source, (same, edited) = studio.paired(studio.edit(SOURCE, *TARGETS), FULL, SETTINGS)
+    assert torch.equal(source, empty_tau[0])
+    assert_close(same[None], source, TOLERANCE)
+    assert difference(edited[None], empty_tau[1][1:]) > 10 * TOLERANCE
+    assert difference(edited[None], source) > 10 * TOLERANCE
+
+
+# Models that see an image beside the latent
+
+
+def images(count=2):
+    return torch.rand(count, 64, 64, 3, generator=torch.Generator().manual_seed(3))
+
+
+def masks(count=2):
+    mask = torch.zeros(count, 64, 64)
+    for n in range(count):
+        mask[n, :, 16 * n : 16 * n + 24] = 1.0
+    return mask
+
+
+def with_images(expected, positive, negative, vae, pixels, mask):
+    """The stock node for the family's kind of image: (positive, negative, LATENT)."""
+    if expected.channels == 8:
+        return InstructPixToPixConditioning.execute(positive, negative, pixels, vae).args
+    return host_nodes.InpaintModelConditioning().encode(positive, negative, pixels, vae, mask, True)
+
+
+@pytest.mark.parametrize("family", CONCATENATED, indirect=True)
+def test_law_6_every_pair_of_a_batch_sees_its_own_image(family, demo_model):
+    """The host gives image i to row i; the rows of a paired batch are several to an image."""
+    expected, studio = family
+    vae, settings = demo_model[2], Settings(steps=1)
+    edit = studio.edit(SOURCE, TARGETS[1])
+
+    def pairs(tau):
+        controlled, positive = AttentionController.execute(studio.model, edit, tau).args[:2]
+        *conditionings, latent = with_images(expected, positive, studio.negative, vae, images(), masks())
+        return studio.split(edit, ksampler(controlled, *conditionings, studio.rows(edit, latent), settings))
+
+    sources, targets = pairs(EMPTY)
+    for n in range(2):
+        for found, text in ((sources[n], SOURCE), (targets[n], TARGETS[1])):
+            *conditionings, latent = with_images(
+                expected, studio.encode(text), studio.negative, vae, images()[n : n + 1], masks()[n : n + 1]
+            )
+            plain = ksampler(studio.model, *conditionings, {**latent, "batch_index": [n]}, settings)
+            assert_close(found[None], plain, TOLERANCE)
+    again, edited = pairs(FULL)
+    assert torch.equal(again, sources)
+    assert difference(edited, targets) > 10 * TOLERANCE
+
+
+# Models without cross-attention to text
+
+
+UNSUPPORTED = {
+    "OpenAISignatureMMDITWrapper": (
+        "SD3",
+        {
+            "in_channels": 16,
+            "depth": 2,
+            "patch_size": 2,
+            "input_size": None,
+            "adm_in_channels": 64,
+            "pos_embed_scaling_factor": None,
+            "context_embedder_config": {
+                "target": "torch.nn.Linear",
+                "params": {"in_features": 64, "out_features": 128},
+            },
+        },
+    ),
+    "Flux": (
+        "Flux",
+        {
+            "image_model": "flux",
+            "in_channels": 16,
+            "out_channels": 16,
+            "patch_size": 2,
+            "vec_in_dim": 64,
+            "context_in_dim": 64,
+            "hidden_size": 64,
+            "mlp_ratio": 2.0,
+            "num_heads": 2,
+            "depth": 1,
+            "depth_single_blocks": 1,
+            "axes_dim": [8, 12, 12],
+            "theta": 10000,
+            "qkv_bias": True,
+            "guidance_embed": True,
+        },
+    ),
+    "MMDiT": (
+        "AuraFlow",
+        {"cond_seq_dim": 64, "n_layers": 2, "n_double_layers": 1, "dim": 64, "n_heads": 2, "max_seq": 64},
+    ),
+    "StageC": (
+        "Stable_Cascade_C",
+        {
+            "stable_cascade_stage": "c",
+            "c_cond": 64,
+            "c_hidden": [64, 64],
+            "nhead": [2, 2],
+            "blocks": [[1, 1], [1, 1]],
+        },
+    ),
+    "UNetModel": (
+        "SVD_img2vid",
+        {
+            **COMMON,
+            "in_channels": 8,
+            "model_channels": 64,
+            "num_res_blocks": [1],
+            "channel_mult": [1],
+            "transformer_depth": [1],
+            "transformer_depth_output": [1, 1],
+            "transformer_depth_middle": 1,
+            "context_dim": 64,
+            "adm_in_channels": 768,
+            "num_classes": "sequential",
+            "use_linear_in_transformer": True,
+            "use_temporal_attention": True,
+            "use_temporal_resblock": True,
+            "extra_ff_mix_layer": True,
+            "use_spatial_context": True,
+            "merge_strategy": "learned_with_images",
+            "video_kernel_size": [3, 1, 1],
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize(("config", "layout"), UNSUPPORTED.values(), ids=UNSUPPORTED.keys())
+def test_any_other_model_is_an_error_that_names_its_class_before_sampling(studio, config, layout):
+    made = getattr(comfy.supported_models, config)(layout)
+    made.set_inference_dtype(torch.float32, None)
+    network = made.get_model({}, "", device=torch.device("cpu"))
+    cpu = torch.device("cpu")
+    model = comfy.model_patcher.ModelPatcher(network, cpu, cpu)
+    name = type(network.diffusion_model).__name__
+    with pytest.raises(ValueError, match=f"class {name} is not supported.*SD1.x, SD2.x, SDXL"):
+        AttentionController.execute(model, studio.edit(), EMPTY)
+    with pytest.raises(ValueError, match=f"class {name} is not supported"):
+        studio.paired(studio.edit(), EMPTY, way="P2PSampler", model=model)
