@@ -83,6 +83,16 @@ def _same_size(a: Tensor, b: Tensor) -> list[Tensor]:
     ]
 
 
+def seeing_images_of(negative: list, positive: list) -> list:
+    """The positive CONDITIONING with the image that the negative one was given for the model to see.
+
+    Inpainting and InstructPix2Pix models take it from the conditioning; the stock nodes put it on both.
+    """
+    given = next((options for _, options in negative if "concat_latent_image" in options), {})
+    seen = {name: given[name] for name in ("concat_latent_image", "concat_mask") if name in given}
+    return [[cond, {**seen, **options}] for cond, options in positive]
+
+
 def paired_latent(latent: dict, branches: int) -> dict:
     """Repeat each item of a LATENT once per branch, with tied `batch_index`: a pair starts from one noise."""
     samples = latent["samples"]

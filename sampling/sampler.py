@@ -17,7 +17,7 @@ from ..attention.edit import Edit
 from ..attention.schedule import TauSchedule
 from .controller import control
 from .maps import MapsHandle
-from .pairing import paired_latent, split_rows
+from .pairing import paired_latent, seeing_images_of, split_rows
 from .trajectory import Trajectory
 
 
@@ -42,6 +42,7 @@ def sample_pairs(
     Returns the sources' LATENT, item by item, and the targets', all targets of an item in a row.
     """
     patched, positive = control(model, edit, tau, blend, trajectory, maps)
+    positive = seeing_images_of(negative, positive)
     items = comfy.sample.fix_empty_latent_channels(patched, latent["samples"])
     noise = comfy.sample.prepare_noise(items, seed, latent.get("batch_index"))
     paired = paired_latent({**latent, "samples": items}, edit.branches)

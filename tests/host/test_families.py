@@ -118,6 +118,13 @@ def test_law_6_every_pair_of_a_batch_sees_its_own_image(family, demo_model):
     assert torch.equal(again, sources)
     assert difference(edited, targets) > 10 * TOLERANCE
 
+    _, negative, latent = with_images(
+        expected, studio.negative, studio.negative, vae, images(), masks()
+    )  # the Paired Sampler makes its own positive, which sees what the negative does
+    found = studio.paired(edit, FULL, settings, latent, "P2PSampler", negative=negative)
+    assert_close(found[0], sources, TOLERANCE)
+    assert_close(found[1], edited, TOLERANCE)
+
 
 # Models without cross-attention to text
 
