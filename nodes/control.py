@@ -17,18 +17,21 @@ from .types import (
     CATEGORY,
     MAPS_OUTPUT,
     BlendIO,
-    EditIO,
     MapsIO,
     TauIO,
     blend_input,
     check_options,
+    edit_input,
     is_wired,
+    tau_input,
     trajectory_input,
 )
 
 
 def _fraction(name: str, default: float, tooltip: str) -> io.Float.Input:
-    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, tooltip=tooltip)
+    return io.Float.Input(
+        name, default=default, min=0.0, max=1.0, step=0.01, tooltip=f"{tooltip} From 0 to 1."
+    )
 
 
 class TauScheduler(io.ComfyNode):
@@ -93,7 +96,7 @@ class TauScheduler(io.ComfyNode):
                     step=0.01,
                     optional=True,
                     tooltip="Mutual mode, in place of self_resolution: the first layer, as a fraction of all "
-                    "layers. 0.63 is layer 10 of 16 in SD1.5.",
+                    "layers, from 0 to 1. 0.63 is layer 10 of 16 in SD1.5.",
                 ),
             ],
             outputs=[TauIO.Output("tau", display_name="tau")],
@@ -197,7 +200,7 @@ class LocalBlendNode(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     optional=True,
-                    tooltip="Width of the regions' soft edge around the threshold; 0 for a hard edge.",
+                    tooltip="Width of the regions' soft edge around the threshold, from 0 (hard) to 1.",
                 ),
             ],
             outputs=[BlendIO.Output("blend", display_name="blend")],
@@ -232,8 +235,8 @@ class AttentionController(io.ComfyNode):
                 io.Model.Input(
                     "model", tooltip="SD1.x, SD2.x or SDXL, with any LoRAs and patches already on it."
                 ),
-                EditIO.Input("edit"),
-                TauIO.Input("tau"),
+                edit_input(),
+                tau_input(),
                 blend_input(),
                 trajectory_input(),
             ],

@@ -39,7 +39,7 @@ class FeatureInjection(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     tooltip="The part of the run in which the source's features are injected; lower lets "
-                    "shapes change.",
+                    "shapes change. From 0 to 1.",
                 ),
                 io.Float.Input(
                     "attention_end",
@@ -47,7 +47,8 @@ class FeatureInjection(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="The part of the run in which the source's self-attention is injected.",
+                    tooltip="The part of the run in which the source's self-attention is injected, "
+                    "from 0 to 1.",
                 ),
                 trajectory_input(),
                 io.Conditioning.Input(

@@ -30,7 +30,7 @@ class ComparisonGrid(io.ComfyNode):
             category=CATEGORY,
             description="Lays a batch of images out in columns, each under its label.",
             inputs=[
-                io.Image.Input("images"),
+                io.Image.Input("images", tooltip="The pictures, in reading order."),
                 io.String.Input(
                     "labels",
                     multiline=True,
@@ -38,7 +38,7 @@ class ComparisonGrid(io.ComfyNode):
                     optional=True,
                     tooltip="One label per line: one for each image, or one for each column. Empty for none.",
                 ),
-                io.Int.Input("columns", default=2, min=1, max=64, tooltip="Images per row."),
+                io.Int.Input("columns", default=2, min=1, max=64, tooltip="Images per row, from 1 to 64."),
             ],
             outputs=[io.Image.Output("image", display_name="image")],
         )

@@ -34,7 +34,7 @@ class InvertImage(io.ComfyNode):
                     default=20,
                     min=1,
                     max=10000,
-                    tooltip="As in the sampler; for a denoise below 1 there, its steps / denoise.",
+                    tooltip="As in the sampler, from 1; for a denoise below 1 there, its steps / denoise.",
                 ),
                 io.Combo.Input(
                     "scheduler",
@@ -49,7 +49,8 @@ class InvertImage(io.ComfyNode):
                     step=0.1,
                     round=0.01,
                     optional=True,
-                    tooltip="Guidance of the inversion; 1 is none, as published. Other values need negative.",
+                    tooltip="Guidance of the inversion, from 0 to 100; 1 is none, as published. Other "
+                    "values need negative.",
                 ),
                 io.Int.Input(
                     "refinement",
@@ -57,8 +58,8 @@ class InvertImage(io.ComfyNode):
                     min=0,
                     max=50,
                     optional=True,
-                    tooltip="Rounds of fixed-point iteration per step: the noise gives the picture back more "
-                    "closely, at one more model call per round. 0 is plain DDIM inversion.",
+                    tooltip="Rounds of fixed-point iteration per step, from 0 to 50: the noise gives the "
+                    "picture back more closely, at one more model call per round. 0 is plain DDIM inversion.",
                 ),
                 io.Combo.Input(
                     "reconstruction",

@@ -55,7 +55,7 @@ class AttentionMaps(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     optional=True,
-                    tooltip="First part of the run to average over, as a fraction of its steps.",
+                    tooltip="First part of the run to average over, as a fraction of its steps, from 0 to 1.",
                 ),
                 io.Float.Input(
                     "end",
@@ -64,7 +64,7 @@ class AttentionMaps(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     optional=True,
-                    tooltip="Where that part ends: 0 to 1 is the whole run.",
+                    tooltip="Where that part ends, from 0 to 1; start 0 and end 1 are the whole run.",
                 ),
             ],
             outputs=[

@@ -10,7 +10,7 @@ from ..attention.alignment import MODES
 from ..attention.edit import GAIN_LIMIT, Edit, words_to_reweight
 from ..sampling.encode import add_target, check_prompt, start_edit
 from .page import alignment_data
-from .types import CATEGORY, EditIO, check_options
+from .types import CATEGORY, EditIO, check_options, edit_input
 
 
 def _mode_input() -> io.Combo.Input:
@@ -95,7 +95,7 @@ class AddTarget(io.ComfyNode):
             description="Adds a target prompt to an edit: N targets share one source and cost N + 1 images.",
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder that the edit's other prompts went through."),
-                EditIO.Input("edit"),
+                edit_input(),
                 io.String.Input(
                     "target",
                     multiline=True,
@@ -128,7 +128,7 @@ class TokenReweight(io.ComfyNode):
             category=CATEGORY,
             description="Strengthens, weakens or inverts words of the target: scales their attention maps.",
             inputs=[
-                EditIO.Input("edit"),
+                edit_input(),
                 io.String.Input(
                     "words",
                     tooltip="Words or phrases of the target, separated by commas; word#2 is the second one.",

@@ -18,12 +18,12 @@ from ..sampling.trajectory import Trajectory
 from .types import (
     CATEGORY,
     MAPS_OUTPUT,
-    EditIO,
     MapsIO,
-    TauIO,
     blend_input,
     check_options,
+    edit_input,
     is_wired,
+    tau_input,
     trajectory_input,
 )
 
@@ -38,7 +38,10 @@ class PairedLatent(io.ComfyNode):
             display_name="Paired Latent",
             category=CATEGORY,
             description="Repeats each latent for source and targets, which then start from the same noise.",
-            inputs=[io.Latent.Input("latent"), EditIO.Input("edit")],
+            inputs=[
+                io.Latent.Input("latent", tooltip="An ordinary latent or a batch: one pair for each item."),
+                edit_input(),
+            ],
             outputs=[io.Latent.Output("paired", display_name="latent")],
         )
 
@@ -62,8 +65,8 @@ class PairedSampler(io.ComfyNode):
                 io.Model.Input(
                     "model", tooltip="SD1.x, SD2.x or SDXL, with any LoRAs and patches already on it."
                 ),
-                EditIO.Input("edit"),
-                TauIO.Input("tau"),
+                edit_input(),
+                tau_input(),
                 io.Conditioning.Input(
                     "negative", tooltip="The negative prompt, for source and targets alike."
                 ),
@@ -74,9 +77,10 @@ class PairedSampler(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=True,
-                    tooltip="The same seed gives the same source as a KSampler with the source prompt.",
+                    tooltip="Any whole number; the same one gives the same source as a KSampler with the "
+                    "source prompt.",
                 ),
-                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Number of denoising steps."),
+                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Denoising steps, from 1."),
                 io.Float.Input(
                     "cfg",
                     default=7.0,
@@ -84,7 +88,7 @@ class PairedSampler(io.ComfyNode):
                     max=100.0,
                     step=0.1,
                     round=0.01,
-                    tooltip="Classifier-free guidance scale.",
+                    tooltip="Guidance, from 0 to 100: 1 is none, higher follows the prompts more.",
                 ),
                 io.Combo.Input(
                     "sampler_name",
@@ -102,7 +106,7 @@ class PairedSampler(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="1 starts from pure noise; less starts from the latent, as in KSampler.",
+                    tooltip="From 0 to 1: 1 starts from pure noise, less from the latent, as in KSampler.",
                 ),
                 blend_input(),
                 trajectory_input(),
@@ -171,7 +175,10 @@ class SplitBranches(io.ComfyNode):
             display_name="Split Branches",
             category=CATEGORY,
             description="Takes the images of a paired batch apart: the sources, and the targets.",
-            inputs=[io.Image.Input("images"), EditIO.Input("edit")],
+            inputs=[
+                io.Image.Input("images", tooltip="Images decoded from a paired latent."),
+                edit_input(),
+            ],
             outputs=[
                 io.Image.Output("source", display_name="source"),
                 io.Image.Output("targets", display_name="targets"),

@@ -16,6 +16,14 @@ MapsIO = io.Custom("P2P_MAPS")
 TrajectoryIO = io.Custom("P2P_TRAJECTORY")
 
 
+def edit_input() -> io.Input:
+    return EditIO.Input("edit", tooltip="From Prompt Pair, or from a node that adds to its edit.")
+
+
+def tau_input() -> io.Input:
+    return TauIO.Input("tau", tooltip="When the source's attention is injected, from tau Scheduler.")
+
+
 def blend_input() -> io.Input:
     return BlendIO.Input(
         "blend", optional=True, tooltip="From Local Blend: the targets stay the source outside of its region."
