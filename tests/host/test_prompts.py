@@ -15,7 +15,10 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from p2p.attention.alignment import MODES, align, token_mapping
 from p2p.attention.prompt import WordNotFound, split_words
+from p2p.attention.schedule import TauSchedule, Window
 from p2p.sampling.encode import read
+from p2p.tests.host.runs import EDITED, EMPTY, PART, Settings, Studio, assert_close, difference, empty
+from p2p.tests.host.test_laws import naive_run
 
 PROPERTY = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -359,3 +362,55 @@ def test_textual_inversions_for_both_encoders_of_sdxl(inversions):
     assert prompt.find("embedding:both") == (2, 3, 4, 5) and prompt.find("cat") == (6,)
     with pytest.raises(ValueError, match="different numbers of vectors.*embedding:uneven"):
         read(clip, "a embedding:uneven cat", "source")
+
+
+# Whole runs
+
+
+@pytest.fixture(scope="module")
+def reader(studio, tmp_path_factory):
+    """The bundled model with a textual inversion of three vectors, `embedding:mine`."""
+    folder = tmp_path_factory.mktemp("runs")
+    vectors = torch.randn(3, 128, generator=torch.Generator().manual_seed(0))
+    torch.save({"emb_params": vectors}, folder / "mine.pt")
+    clip = studio.clip.clone()
+    clip.tokenizer = comfy.sd1_clip.SD1Tokenizer(embedding_directory=str(folder))
+    clip.tokenizer.clip_l.embedding_size = 128
+    with torch.inference_mode():
+        return Studio(studio.model, clip)
+
+
+RUNS = {
+    "tags that moved": ("cat, red hat, beach, snowy", "snowy, cat, blue hat, beach, castle"),
+    "chunks": ("cat, " * 20 + "red hat", "cat, " * 60 + "(blue hat:1.2), car"),
+    "a segment moved whole": ("cat " * 73 + "very red castle", "cat " * 73 + "(very red castle:1.2)"),
+    "weights": ("a cat on a beach", "a ((dog)) on a (snowy (beach:0.7):1.2)"),
+    "a textual inversion": ("a cat on a beach", "a (embedding:mine:1.2) on a beach, embedding:lost"),
+    "two textual inversions": ("embedding:mine, beach", "car, embedding:mine, beach, embedding:mine"),
+    "other writing": ("\u8d64\u3044 cat, \u043a\u043e\u0442 \U0001f431", "\u767d\u3044 dog, \uace0\uc591 \U0001f436"),
+    "empty parts": (", a cat,, beach", "a dog, ,beach,"),
+}
+runs = pytest.mark.parametrize(("source", "target"), RUNS.values(), ids=RUNS.keys())
+
+
+@runs
+def test_the_laws_hold_for_real_prompts(reader, source, target):
+    """1: equal prompts, equal images. 2: tau empty, plain runs. 3: the source never changes."""
+    edit = reader.edit(source, source, target)
+    found, (same, edited) = reader.paired(edit, PART)
+    assert_close(same[None], found)
+    plain_source, (_, plain_target) = reader.paired(edit, EMPTY)
+    assert torch.equal(found, plain_source)
+    assert_close(plain_source, reader.plain(source))
+    assert_close(plain_target[None], reader.plain(target))
+    assert difference(edited[None], plain_target[None]) > EDITED / 10
+
+
+@runs
+def test_fused_equals_materialised_for_real_prompts(reader, source, target):
+    edit = reader.edit(source, target)
+    tau = TauSchedule(Window(0, 0.8), Window(0, 0))
+    for found, expected in zip(
+        reader.paired(edit, tau), naive_run(reader, edit, tau, Settings(), empty()), strict=True
+    ):
+        assert_close(found, expected)
