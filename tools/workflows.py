@@ -25,13 +25,14 @@ TITLE = 30.0  # a node's title bar, which the page draws above its position
 GROUP_TITLE = 50.0
 LETTER = 14.0  # width of a letter in a group's title
 PROMPT_SIZE = (400.0, 330.0)  # room for two prompts and the alignment that a run shows below them
+TARGET_SIZE = (400.0, 200.0)
 NEGATIVE_SIZE = (400.0, 100.0)
 PICTURE_SIZE = (620.0, 460.0)
 SAMPLER_SIZE = (300.0, 0.0)
 PREVIEW = 240.0  # height of the preview that a sampler shows while it runs
 
-MODEL, CLIP, VAE = range(3)  # outputs of the model loaders
-SOURCE, TARGETS = range(2)  # outputs of Paired Sampler and Split Branches
+MODEL, CLIP, VAE, IMAGE = range(4)  # outputs of Load Demo Model, the first three of every model loader
+SOURCE, TARGETS, MAPS = range(3)  # outputs of Paired Sampler, the first two also of Split Branches
 
 
 @dataclass(frozen=True)
@@ -79,14 +80,21 @@ def prompts(source: str, target: str, mode: str = "auto") -> Node:
     )
 
 
-def tau(cross_end: float = 0.8, self_end: float = 0.4, title: str | None = None) -> Node:
-    return Node("P2PTauScheduler", widgets={"cross_end": cross_end, "self_end": self_end}, title=title)
+def tau(cross_end: float = 0.8, self_end: float = 0.4, title: str | None = None, words: str = "") -> Node:
+    windows = {"cross_end": cross_end, "self_end": self_end, "words": words}
+    return Node("P2PTauScheduler", widgets=windows, title=title)
 
 
 SETTINGS: dict[str, Any] = {"steps": 20, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal"}
 
 
-def sampler(seed: int, edit: str = "prompts", schedule: str = "tau", title: str | None = None) -> Node:
+def sampler(
+    seed: int,
+    edit: str = "prompts",
+    schedule: str = "tau",
+    title: str | None = None,
+    **optional: str,
+) -> Node:
     return Node(
         "P2PSampler",
         {
@@ -95,6 +103,7 @@ def sampler(seed: int, edit: str = "prompts", schedule: str = "tau", title: str 
             "tau": (schedule, 0),
             "negative": ("negative", 0),
             "latent": ("latent", 0),
+            **{name: (node, 0) for name, node in optional.items()},
         },
         {"seed": seed, "control_after_generate": "fixed", **SETTINGS},
         title=title,
@@ -257,40 +266,420 @@ def reweighting() -> Workflow:
 
 
 def tau_sweep() -> Workflow:
-    """How long the source's cross-attention is kept."""
-    ends = (0.0, 0.2, 0.5, 0.8, 1.0)
+    """How long the source's cross-attention is kept: the paper's figure of tau, in one run."""
     nodes = {
         "note": note(
             "tau: how long the source's attention is kept",
-            "The same edit five times; *cross_end* is the part of the run in which the target uses the "
-            "source's maps (*self_end* goes along, up to 0.4). At 0 nothing is shared; the higher, "
-            "the more of the source's layout stays.",
-            "*self_end* the same way: it keeps outlines. *fade* lets a window end softly.",
+            "*tau Sweep* repeats the target at five values of *cross_end*, the part of the run in which the "
+            "target uses the source's maps, as the targets of one run. At 0 the layout is the target's own; "
+            "the higher, the more of the source's stays.",
+            "*self_end* as the parameter: it keeps outlines. *scale*: a word's strength from -2 to 2. More "
+            "values.",
         ),
         **common(batch=1),
         "prompts": prompts("a tree in a field", "a castle in a field"),
+        "tau": tau(self_end=0.0),
+        "sweep": Node(
+            "P2PTauSweep",
+            {"edit": ("prompts", 0), "tau": ("tau", 0)},
+            {"count": 5, "parameter": "cross_end"},
+        ),
+        "sample": sampler(1, "sweep"),
+        "labels": Node(
+            "StringConcatenate", {"string_b": ("sweep", 1)}, {"string_a": "source", "delimiter": "\n"}
+        ),
+        "join": Node("LatentBatch", {"samples1": ("sample", SOURCE), "samples2": ("sample", TARGETS)}),
+        "decode": Node("VAEDecode", {"samples": ("join", 0), "vae": ("model", VAE)}),
+        "grid": Node(
+            "P2PComparisonGrid", {"images": ("decode", 0), "labels": ("labels", 0)}, {"columns": 3}
+        ),
+        "save": saved("tau"),
     }
-    rows = []
-    for end in ends:
-        nodes[f"tau{end}"] = tau(end, min(end, 0.4), f"\u03c4 Scheduler, cross_end = {end}")
-        nodes[f"sample{end}"] = sampler(1, schedule=f"tau{end}", title=f"Paired Sampler, cross_end = {end}")
-        rows.append(Group(f"cross_end = {end}", [[f"tau{end}"], [f"sample{end}"]], "#88A"))
-    latents = [("sample0.0", SOURCE), *((f"sample{end}", TARGETS) for end in ends)]
-    nodes |= ending("tau", latents, ["source", *(f"cross_end {end}" for end in ends)], columns=3)
     return Workflow(
         nodes,
         [
             START,
-            [Group("The edit", [["prompts"]], "#8A8")],
-            rows[:3],
-            rows[3:],
-            [Group("Decode", [["join1", "join2", "join3", "join4", "join5", "decode"]], "#88A")],
+            [Group("The edit", [["prompts", "tau"]], "#8A8")],
+            [Group("One target at five values", [["sweep", "sample"]], "#88A")],
+            [Group("Decode", [["labels", "join", "decode"]], "#88A")],
             [Group("From free to faithful", [["grid", "save"]], "#b58b2a")],
         ],
     )
 
 
-CATALOGUE = {"word_swap": word_swap, "refinement": refinement, "reweighting": reweighting, "tau": tau_sweep}
+def word_windows() -> Workflow:
+    """A window of its own for one word."""
+    nodes = {
+        "note": note(
+            "A tau for a single word",
+            "Both words are swapped, and all maps are kept to the end (*cross_end* is 1): the duck has to "
+            "fit into the cat. Below, the line *duck: 0.4* lets that one word go after 40 % of the run; the "
+            "car stays where the bicycle was.",
+            "*car: 0.4* instead, or *duck: 0.2-0.6*; *fade* for a soft end.",
+        ),
+        **common(batch=3),
+        "prompts": prompts("a cat riding a bicycle", "a duck riding a car"),
+        "tau": tau(1.0, 0.1, "\u03c4 Scheduler, all words"),
+        "tau_word": tau(1.0, 0.1, "\u03c4 Scheduler, duck: 0.4", "duck: 0.4"),
+        "sample": sampler(1, title="Paired Sampler, all words"),
+        "sample_word": sampler(1, schedule="tau_word", title="Paired Sampler, duck: 0.4"),
+        **ending(
+            "word_windows",
+            [("sample", SOURCE), ("sample", TARGETS), ("sample_word", TARGETS)],
+            [*["source"] * 3, *["all words to the end"] * 3, *["duck: 0.4"] * 3],
+            columns=3,
+        ),
+    }
+    return Workflow(
+        nodes,
+        [
+            START,
+            [Group("The edit", [["prompts"]], "#8A8")],
+            [
+                Group("All words to the end", [["tau", "sample"]], "#88A"),
+                Group("One word let go", [["tau_word", "sample_word"]], "#88A"),
+            ],
+            [Group("Decode", [["join1", "join2", "decode"]], "#88A")],
+            [Group("Source, all words, one word let go", [["grid", "save"]], "#b58b2a")],
+        ],
+    )
+
+
+def several_targets() -> Workflow:
+    """Four edits of one source in one run."""
+    targets = (
+        "a castle in a field at night",
+        "children drawing of a castle in a field",
+        "a house in a field",
+    )
+    nodes = {
+        "note": note(
+            "Several targets in one run",
+            "*Add Target* adds edits of the same source. The source is sampled once: four edits cost five "
+            "images and not eight. Targets that do not fit in memory together are computed in groups.",
+            "*Token Reweight* on target 2 only, or one more *Add Target*.",
+        ),
+        **common(batch=1),
+        "prompts": prompts("a castle in a field", "a castle in a desert"),
+    }
+    before = "prompts"
+    for number, target in enumerate(targets, 2):
+        nodes[f"target{number}"] = Node(
+            "P2PAddTarget",
+            {"clip": ("model", CLIP), "edit": (before, 0)},
+            {"target": target, "mode": "auto"},
+            f"Add Target {number}",
+            size=TARGET_SIZE,
+        )
+        before = f"target{number}"
+    nodes |= {
+        "tau": tau(),
+        "sample": sampler(1, before),
+        **ending(
+            "several_targets",
+            [("sample", SOURCE), ("sample", TARGETS)],
+            ["a castle in a field (source)", "a castle in a desert", *targets],
+            columns=5,
+        ),
+    }
+    return Workflow(
+        nodes,
+        [
+            START,
+            [Group("The edits", [["prompts", "tau"], [f"target{n}" for n in (2, 3, 4)]], "#8A8")],
+            [Group("One source, four targets", [["sample", "join1", "decode"]], "#88A")],
+            [Group("Four edits", [["grid", "save"]], "#b58b2a")],
+        ],
+    )
+
+
+def local_blend() -> Workflow:
+    """An edit that reaches the whole picture, kept to one object."""
+    nodes = {
+        "note": note(
+            "Local blend",
+            "The target turns the whole picture into a drawing. *Local Blend* lets only the region of "
+            "*castle* change; everything else stays the source's. The region comes from the word's own "
+            "attention, so nothing has to be painted; it is the mask on the right.",
+            "another *threshold*: lower takes in more; *exclude*; or your own mask.",
+        ),
+        **common(batch=1),
+        "prompts": prompts("a castle in a field", "children drawing of a castle in a field"),
+        "tau": tau(0.5, 0.2),
+        "blend": Node(
+            "P2PLocalBlend",
+            widgets={"words": "castle", "source_words": "castle", "exclude": "", "threshold": 0.7},
+        ),
+        "sample": sampler(3, title="Paired Sampler, without blend"),
+        "sample_blend": sampler(3, title="Paired Sampler, with blend", blend="blend"),
+        "join1": Node("LatentBatch", {"samples1": ("sample", SOURCE), "samples2": ("sample", TARGETS)}),
+        "join2": Node("LatentBatch", {"samples1": ("join1", 0), "samples2": ("sample_blend", TARGETS)}),
+        "decode": Node("VAEDecode", {"samples": ("join2", 0), "vae": ("model", VAE)}),
+        "maps": Node(
+            "P2PAttentionMaps",
+            {"maps": ("sample_blend", MAPS), "samples": ("sample_blend", TARGETS)},
+            {"words": "castle", "branch": 1},
+        ),
+        "mask": Node("MaskToImage", {"mask": ("maps", 1)}),
+        "join3": Node("ImageBatch", {"image1": ("decode", 0), "image2": ("mask", 0)}),
+        "grid": Node(
+            "P2PComparisonGrid",
+            {"images": ("join3", 0)},
+            {"labels": "source\nwithout blend\nwith blend\nits mask", "columns": 4},
+        ),
+        "save": saved("local_blend"),
+    }
+    return Workflow(
+        nodes,
+        [
+            START,
+            [Group("The edit", [["prompts", "tau", "blend"]], "#8A8")],
+            [Group("Without and with blend", [["sample"], ["sample_blend"]], "#88A")],
+            [Group("Decode", [["maps", "mask", "join1", "join2", "decode", "join3"]], "#88A")],
+            [Group("The region that may change", [["grid", "save"]], "#b58b2a")],
+        ],
+    )
+
+
+def attention_maps() -> Workflow:
+    """Where each word looks, in the source and in the target."""
+    nodes = {
+        "note": note(
+            "Attention maps",
+            "Where the words looked while the pictures came to be, averaged over the run: the source above, "
+            "the target below. *car* looks where *bicycle* did, because it took over its map.",
+            "*start* and *end* on *Attention Maps*: early steps lay out, late ones refine. No words: all of "
+            "them.",
+        ),
+        **common(batch=1),
+        "prompts": prompts("a cat riding a bicycle", "a cat riding a car"),
+        "tau": tau(),
+        "sample": sampler(1),
+    }
+    for branch, (name, output, words) in enumerate(
+        [("source", SOURCE, "cat, riding, bicycle"), ("target", TARGETS, "cat, riding, car")]
+    ):
+        nodes[f"decode_{name}"] = Node("VAEDecode", {"samples": ("sample", output), "vae": ("model", VAE)})
+        nodes[f"maps_{name}"] = Node(
+            "P2PAttentionMaps",
+            {"maps": ("sample", MAPS), "samples": ("sample", output), "image": (f"decode_{name}", 0)},
+            {"words": words, "branch": branch},
+            f"Attention Maps, {name}",
+        )
+    nodes |= {
+        "join": Node("ImageBatch", {"image1": ("maps_source", 0), "image2": ("maps_target", 0)}),
+        "grid": Node("P2PComparisonGrid", {"images": ("join", 0)}, {"columns": 3}),
+        "save": saved("attention_maps"),
+    }
+    return Workflow(
+        nodes,
+        [
+            START,
+            [Group("The edit", [["prompts", "tau"]], "#8A8")],
+            [Group("Source and target together", [["sample"]], "#88A")],
+            [
+                Group("The source's words", [["decode_source", "maps_source"]], "#88A"),
+                Group("The target's words", [["decode_target", "maps_target"]], "#88A"),
+            ],
+            [Group("Source above, target below", [["join", "grid", "save"]], "#b58b2a")],
+        ],
+    )
+
+
+PHOTOGRAPH = "a castle on a mountain"  # what the demo's picture shows
+
+
+def inverted(encode: Node) -> dict[str, Node]:
+    """The picture that comes with the demo model, and its inversion under the prompt of `encode`."""
+    return common(batch=1) | {
+        "latent": Node("VAEEncode", {"pixels": ("model", IMAGE), "vae": ("model", VAE)}),
+        "encode": encode,
+        "invert": Node(
+            "P2PInvert",
+            {"model": ("model", MODEL), "positive": ("encode", 0), "latent": ("latent", 0)},
+            {"steps": SETTINGS["steps"], "scheduler": SETTINGS["scheduler"]},
+        ),
+    }
+
+
+def picture_note(title: str, shows: str, attempt: str) -> Node:
+    """A note for workflows that edit a picture."""
+    text = (
+        f"## {title}\n\n{shows}\n\n**Try:** {attempt}\n\n"
+        "**Your own picture:** *Load Image* instead of the demo's picture, *Load Checkpoint* instead of "
+        "*Load Demo Model*, what the picture shows as the source prompt, and 50 steps in *Invert Image* and "
+        "in the sampler."
+    )
+    return Node("MarkdownNote", widgets={"0": text}, title="About this workflow", size=(400.0, 330.0))
+
+
+PICTURE = [
+    Group("Read me", [["note"]], "#a1309b"),
+    Group("Model and picture", [["model", "negative", "latent"]]),
+]
+
+
+def photograph() -> Workflow:
+    """A word swap on a picture that the model did not draw."""
+    nodes = {
+        "note": picture_note(
+            "Edit a photograph",
+            "*Invert Image* finds the path on which the picture comes from noise. The source stays on it, so "
+            "it is the picture itself, and the target is edited from it: *castle* becomes *house*.",
+            "another word in *target*; a *Local Blend* with the target's word keeps the rest of the picture.",
+        ),
+        **inverted(Node("CLIPTextEncode", {"clip": ("model", CLIP), "text": ("source", 0)})),
+        "source": Node(
+            "PrimitiveStringMultiline",
+            widgets={"value": PHOTOGRAPH},
+            title="Source prompt",
+            size=NEGATIVE_SIZE,
+        ),
+        "prompts": Node(
+            "P2PPromptPair",
+            {"clip": ("model", CLIP), "source": ("source", 0)},
+            {"source": PHOTOGRAPH, "target": "a house on a mountain", "mode": "auto"},
+            size=PROMPT_SIZE,
+        ),
+        "tau": tau(),
+        "sample": sampler(seed=1, trajectory="invert"),
+        "decode": Node("VAEDecode", {"samples": ("sample", TARGETS), "vae": ("model", VAE)}),
+        "join": Node("ImageBatch", {"image1": ("model", IMAGE), "image2": ("decode", 0)}),
+        "grid": Node(
+            "P2PComparisonGrid", {"images": ("join", 0)}, {"labels": "picture\nedited", "columns": 2}
+        ),
+        "save": saved("photograph"),
+    }
+    return Workflow(
+        nodes,
+        [
+            PICTURE,
+            [Group("Back to noise", [["source", "encode", "invert"]], "#88A")],
+            [Group("The edit", [["prompts", "tau"]], "#8A8")],
+            [Group("Picture and target together", [["sample", "decode", "join"]], "#88A")],
+            [Group("Before and after", [["grid", "save"]], "#b58b2a")],
+        ],
+    )
+
+
+def plug_and_play() -> Workflow:
+    """The structure of a picture under other prompts, on the stock KSampler."""
+    nodes = {
+        "note": picture_note(
+            "Plug-and-Play features",
+            "The targets take the picture's features and self-attention: its structure stays, and their "
+            "prompts may say what they like. The source is denoised without a prompt, as published.",
+            "*feature_end* and *attention_end* lower, for shapes that follow the target prompt more.",
+        ),
+        **inverted(
+            Node(
+                "CLIPTextEncode",
+                {"clip": ("model", CLIP)},
+                {"text": ""},
+                "Source without a prompt",
+                NEGATIVE_SIZE,
+            )
+        ),
+        "prompts": prompts(PHOTOGRAPH, "children drawing of a castle on a mountain"),
+        "more": Node(
+            "P2PAddTarget",
+            {"clip": ("model", CLIP), "edit": ("prompts", 0)},
+            {"target": "a castle in a desert", "mode": "auto"},
+            size=PROMPT_SIZE,
+        ),
+        "control": Node(
+            "P2PFeatureInjection",
+            {
+                "model": ("model", MODEL),
+                "edit": ("more", 0),
+                "trajectory": ("invert", 0),
+                "source_conditioning": ("encode", 0),
+            },
+        ),
+        "pair": Node("P2PPairedLatent", {"latent": ("latent", 0), "edit": ("more", 0)}),
+        "sample": Node(
+            "KSampler",
+            {
+                "model": ("control", 0),
+                "positive": ("control", 1),
+                "negative": ("negative", 0),
+                "latent_image": ("pair", 0),
+            },
+            {"seed": 1, "control_after_generate": "fixed", "denoise": 1.0, **SETTINGS},
+            size=SAMPLER_SIZE,
+            room=PREVIEW,
+        ),
+        "decode": Node("VAEDecode", {"samples": ("sample", 0), "vae": ("model", VAE)}),
+        "grid": Node(
+            "P2PComparisonGrid",
+            {"images": ("decode", 0)},
+            {"labels": "picture\nchildren drawing\nin a desert", "columns": 3},
+        ),
+        "save": saved("plug_and_play"),
+    }
+    return Workflow(
+        nodes,
+        [
+            PICTURE,
+            [Group("Back to noise", [["encode", "invert"]], "#88A")],
+            [Group("The edits", [["prompts", "more"]], "#8A8")],
+            [Group("Stock nodes, paired", [["control", "pair", "sample", "decode"]], "#88A")],
+            [Group("Picture and targets", [["grid", "save"]], "#b58b2a")],
+        ],
+    )
+
+
+def mutual_attention() -> Workflow:
+    """A new pose with the old looks, beside Prompt-to-Prompt, which keeps the pose."""
+    nodes = {
+        "note": note(
+            "Mutual self-attention: poses and shapes",
+            "The cat is to ride a car. Prompt-to-Prompt keeps the source's shapes, so the cat stands where "
+            "it stood. With *self_mode* mutual (MasaCtrl) the target lays itself out by its own prompt and "
+            "takes its looks from the source. Rows: source, map mode, mutual mode.",
+            "*self_start* higher on the mutual *tau Scheduler*: more freedom; *mutual_layer* 0: more of the "
+            "source.",
+        ),
+        **common(batch=3),
+        "prompts": prompts("a cat in a forest", "a cat riding a car in a forest"),
+        "tau_map": tau(title="\u03c4 Scheduler, map mode"),
+        "tau_mutual": Node(
+            "P2PTauScheduler",
+            widgets={"cross_end": 0.0, "self_start": 0.1, "self_end": 1.0, "self_mode": "mutual"},
+            title="\u03c4 Scheduler, mutual mode",
+        ),
+        "map": sampler(0, schedule="tau_map", title="Paired Sampler, map mode"),
+        "mutual": sampler(0, schedule="tau_mutual", title="Paired Sampler, mutual mode"),
+        **ending("mutual_attention", [("map", SOURCE), ("map", TARGETS), ("mutual", TARGETS)], [], columns=3),
+    }
+    return Workflow(
+        nodes,
+        [
+            START,
+            [Group("The edit", [["prompts"]], "#8A8")],
+            [
+                Group("Prompt-to-Prompt", [["tau_map"], ["map"]], "#88A"),
+                Group("Mutual self-attention", [["tau_mutual"], ["mutual"]], "#88A"),
+            ],
+            [Group("Decode", [["join1", "join2", "decode"]], "#88A")],
+            [Group("Source, map mode, mutual mode", [["grid", "save"]], "#b58b2a")],
+        ],
+    )
+
+
+CATALOGUE = {
+    "word_swap": word_swap,
+    "refinement": refinement,
+    "reweighting": reweighting,
+    "tau": tau_sweep,
+    "word_windows": word_windows,
+    "several_targets": several_targets,
+    "local_blend": local_blend,
+    "attention_maps": attention_maps,
+    "photograph": photograph,
+    "plug_and_play": plug_and_play,
+    "mutual_attention": mutual_attention,
+}
 
 # Adds nodes with their widgets and links to an empty graph; returns the size that each node asks for.
 BUILD = """([nodes, id]) => {
