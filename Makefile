@@ -4,7 +4,7 @@ VENV := .venv/bin
 PORT ?= 8188
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo serve test lint format host-path bench train-demo workflows thumbnails clean
+.PHONY: help env demo serve test lint format host-path bench train-demo workflows thumbnails node-pictures icon clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -42,6 +42,12 @@ train-demo: env  ## train the bundled model from nothing (hours; resumes where i
 workflows: env  ## rebuild workflows/*.json in the real front end, then their thumbnails
 	@$(VENV)/python -m tools.workflows
 	@$(VENV)/python -m tools.demo --thumbnails
+
+node-pictures: env  ## redraw the pictures on the nodes' help pages
+	@$(VENV)/python -m tools.node_pictures
+
+icon: env  ## redraw docs/icon.png and docs/banner.png
+	@$(VENV)/python -m tools.icon
 
 thumbnails: env  ## render every workflow and replace workflows/*.jpg
 	@$(VENV)/python -m tools.demo --thumbnails
