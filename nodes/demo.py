@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..demo.loader import load_demo_model
+from ..demo.picture import load_picture
 from .types import CATEGORY
 
 
@@ -23,9 +24,10 @@ class DemoModel(io.ComfyNode):
                 io.Model.Output("model", display_name="model"),
                 io.Clip.Output("clip", display_name="clip"),
                 io.Vae.Output("vae", display_name="vae"),
+                io.Image.Output("picture", display_name="picture"),
             ],
         )
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
-        return io.NodeOutput(*load_demo_model())
+        return io.NodeOutput(*load_demo_model(), load_picture())

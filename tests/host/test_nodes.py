@@ -78,6 +78,20 @@ INTERFACE = {
         [("images", "IMAGE"), ("labels", "STRING"), ("columns", "INT")],
         [("image", "IMAGE")],
     ),
+    "P2PInvert": (
+        [
+            ("model", "MODEL"),
+            ("positive", "CONDITIONING"),
+            ("latent", "LATENT"),
+            ("steps", "INT"),
+            ("scheduler", "COMBO"),
+        ],
+        [("trajectory", "P2P_TRAJECTORY"), ("noise", "LATENT")],
+    ),
+    "P2PFeatureInjection": (
+        [("model", "MODEL"), ("edit", "P2P_EDIT"), ("feature_end", "FLOAT"), ("attention_end", "FLOAT")],
+        [("model", "MODEL"), ("positive", "CONDITIONING"), ("maps", "P2P_MAPS")],
+    ),
     "P2PDemoModel": ([], [("model", "MODEL"), ("clip", "CLIP"), ("vae", "VAE")]),
 }
 DEFAULTS = {
@@ -91,6 +105,7 @@ DEFAULTS = {
         "fade": 0.0,
         "self_resolution": 0.5,
     },
+    "P2PFeatureInjection": {"feature_end": 0.8, "attention_end": 0.5},
 }
 
 
