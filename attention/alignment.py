@@ -40,22 +40,33 @@ class Alignment:
     removed: tuple[int, ...]
 
     def describe(self, source: Prompt, target: Prompt) -> str:
-        """One line per word or run of words, in the target's order, for people."""
-
-        def quote(prompt: Prompt, words: Sequence[int]) -> str:
-            return " ".join(prompt.words[word].text for word in words)
-
-        lines = {
-            pairing.target[0]: f"{quote(source, pairing.source)} -> {quote(target, pairing.target)} (swapped)"
-            if pairing.swapped
-            else f"{quote(target, pairing.target)} (shared)"
-            for pairing in self.pairings
-        }
-        lines |= {word: f"+ {target.words[word].text} (new, own map)" for word in self.new}
+        """A line for each swap and each run of shared, new or removed words, in the target's order, for people."""
+        shared = [(pairing.source[0], pairing.target[0]) for pairing in self.pairings if not pairing.swapped]
+        lines: dict[int, str] = {}
+        for run in _runs(shared):
+            lines[run[0][1]] = f"{tag_text(target, [j for _, j in run])} (shared)"
+        for pairing in self.pairings:
+            if pairing.swapped:
+                old, new = tag_text(source, pairing.source), tag_text(target, pairing.target)
+                lines[pairing.target[0]] = f"{old} -> {new} (swapped)"
+        for run in _runs([(j, j) for j in self.new]):
+            lines[run[0][1]] = f"+ {tag_text(target, [j for _, j in run])} (new, own map)"
         text = [lines[word] for word in sorted(lines)]
-        text += [f"- {source.words[word].text} (removed)" for word in self.removed]
+        for run in _runs([(i, i) for i in self.removed]):
+            text.append(f"- {tag_text(source, [i for i, _ in run])} (removed)")
         missing = dict.fromkeys(source.missing + target.missing)
         return "\n".join(text + [f"! {name} (no such file, left out)" for name in missing])
+
+
+def _runs(pairs: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """Pairs of words, cut where they do not stand side by side in both prompts."""
+    runs: list[list[tuple[int, int]]] = []
+    for i, j in pairs:
+        if runs and runs[-1][-1] == (i - 1, j - 1):
+            runs[-1].append((i, j))
+        else:
+            runs.append([(i, j)])
+    return runs
 
 
 def align(source: Prompt, target: Prompt, mode: str) -> Alignment:

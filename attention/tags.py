@@ -42,6 +42,6 @@ def trim(prompt: Prompt, words: Sequence[int]) -> Tag:
     return tuple(words[inside[0] : inside[-1] + 1]) if inside else ()
 
 
-def tag_text(prompt: Prompt, tag: Tag) -> str:
-    """A tag's words, apart by spaces."""
-    return " ".join(prompt.words[word].text for word in tag)
+def tag_text(prompt: Prompt, words: Sequence[int]) -> str:
+    """Words of a prompt, apart by spaces."""
+    return " ".join(prompt.words[word].text for word in words)

@@ -387,7 +387,7 @@ RUNS = {
     "weights": ("a cat on a beach", "a ((dog)) on a (snowy (beach:0.7):1.2)"),
     "a textual inversion": ("a cat on a beach", "a (embedding:mine:1.2) on a beach, embedding:lost"),
     "two textual inversions": ("embedding:mine, beach", "car, embedding:mine, beach, embedding:mine"),
-    "other writing": ("\u8d64\u3044 cat, \u043a\u043e\u0442 \U0001f431", "\u767d\u3044 dog, \uace0\uc591 \U0001f436"),
+    "other writing": ("\u8d64\u3044 cat, \u043a\u043e\u0442", "\u767d\u3044 dog, \uace0\uc591 \U0001f436"),
     "empty parts": (", a cat,, beach", "a dog, ,beach,"),
 }
 runs = pytest.mark.parametrize(("source", "target"), RUNS.values(), ids=RUNS.keys())

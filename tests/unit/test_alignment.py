@@ -419,11 +419,31 @@ def test_padding_keeps_its_position_in_the_chunk_and_never_reads_a_word(left, ri
 @given(texts, texts, modes)
 def test_the_description_names_every_word_of_both_prompts(left, right, mode):
     source, target = prompt_of(left), prompt_of(right)
-    text = align(source, target, mode).describe(source, target)
-    lines = text.splitlines()
-    assert sum("(removed)" in line for line in lines) == len(align(source, target, mode).removed)
-    for word in words_in(source) + words_in(target):
-        assert word in text
+    alignment = align(source, target, mode)
+    said: dict[str, list[str]] = {kind: [] for kind in ("shared", "new, own map", "removed", "swapped")}
+    for line in alignment.describe(source, target).splitlines():
+        text, kind = line.removesuffix(")").rsplit(" (", 1)
+        said[kind] += [text] if kind == "swapped" else text.removeprefix("+ ").removeprefix("- ").split()
+    assert said["new, own map"] == [target.words[j].text for j in alignment.new]
+    assert said["removed"] == [source.words[i].text for i in alignment.removed]
+    swapped = [pairing for pairing in alignment.pairings if pairing.swapped]
+    assert said["swapped"] == [
+        f"{tag_text(source, pairing.source)} -> {tag_text(target, pairing.target)}" for pairing in swapped
+    ]
+    shared = [pairing for pairing in alignment.pairings if not pairing.swapped]
+    assert said["shared"] == [target.words[pairing.target[0]].text for pairing in shared]
+
+
+def test_the_description_has_a_line_for_every_run_of_words():
+    source, target = prompt_of("a cat , red hair , hat"), prompt_of("hat , a dog , red hair by night")
+    assert align(source, target, "auto").describe(source, target).splitlines() == [
+        "hat (shared)",
+        ", (shared)",
+        "a (shared)",
+        "cat -> dog (swapped)",
+        ", red hair (shared)",
+        "+ by night (new, own map)",
+    ]
 
 
 # Small examples
