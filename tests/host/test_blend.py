@@ -6,8 +6,10 @@ import comfy.samplers
 import pytest
 import torch
 from p2p.attention.blend import Region, read_blend
+from p2p.attention.schedule import TauSchedule
 from p2p.nodes import AttentionController, PairedLatent, PairedSampler
 from p2p.nodes.control import LocalBlendNode
+from p2p.sampling.encode import start_edit
 from p2p.sampling.maps import MapsHandle
 from p2p.sampling.sampler import sample_pairs
 from p2p.tests.host.runs import (
@@ -34,9 +36,9 @@ EVERYWHERE = read_blend("car", "", "", 0.0, 0.0)
 SOMEWHERE = read_blend("car", "bicycle", "cat", 0.6, 0.2)
 
 
-def blended(studio, edit, blend, settings=Settings(), latent=None, way="KSampler", tau=PART, model=None):
+def blended(studio, edit, blend, settings=None, latent=None, way="KSampler"):
     """A paired run with a local blend: (sources, targets)."""
-    model, latent = model or studio.model, latent or empty()
+    model, tau, settings, latent = studio.model, PART, settings or Settings(), latent or empty()
     if way == "P2PSampler":
         s = settings
         arguments = (latent, s.seed, s.steps, s.cfg, s.sampler, s.scheduler, s.denoise)
@@ -256,3 +258,43 @@ def test_wrong_words_are_errors_before_sampling(studio, edit):
         LocalBlendNode.execute(" , ", "", "cat", 0.3, 0.2)
 
 
+
+
+SWAPS = [
+    ("dog", "cat", "a {} on a beach"),
+    ("penguin", "duck", "a {} in a field"),
+    ("castle", "house", "a {} in a field"),
+    ("cake", "tree", "a {} in a desert"),
+    ("boat", "car", "a {} on a street"),
+    ("elephant", "dog", "a {} in a forest"),
+    ("tree", "castle", "a {} on a mountain"),
+    ("car", "bicycle", "a cat riding a {}"),
+    ("duck", "penguin", "a {} on a crowded beach"),
+    ("house", "cake", "a {} on a snowy street"),
+]
+
+
+@pytest.mark.parametrize("seed", range(len(SWAPS)))
+def test_pictures_equal_the_source_outside_the_region_as_far_as_the_decoder_lets_them(demo_model, seed):
+    """The bundled model, at its own size. What the decoder carries over the rim is measured, not guessed."""
+    model, clip, vae = demo_model
+    new, old, prompt = SWAPS[seed]
+    edit = start_edit(clip, prompt.format(old), prompt.format(new), "auto")
+    handle = MapsHandle(wanted=True)
+    negative = clip.encode_from_tokens_scheduled(clip.tokenize(""))
+    arguments = (empty(1, 16, 16), seed, 10, 4.0, "euler", "normal", 1.0)
+    blend = read_blend(new, old, "", 0.7, 0.2)
+    source, target = (
+        latent["samples"]
+        for latent in sample_pairs(model, edit, TauSchedule(), negative, *arguments, blend, None, handle)
+    )
+    mask = handle.maps_of(source).blend[0, 0]
+    assert 0.02 < mask.mean() < 0.98
+    assert torch.equal(source[..., mask == 0], target[..., mask == 0])
+    assert difference(target[..., mask == 1], source[..., mask == 1]) > EDITED
+    # The same region filled with noise instead: the decoder's reach, from as strong a change.
+    noise = torch.randn(source.shape, generator=torch.Generator().manual_seed(seed)) * source.std()
+    before, after, reached = vae.decode(torch.cat([source, target, torch.where(mask == 0, source, noise)]))
+    outside = torch.nn.functional.interpolate(mask[None, None], before.shape[:2])[0, 0] == 0
+    change, reach = ((other - before).abs()[outside] for other in (after, reached))
+    assert change.mean() <= reach.mean() and change.mean() < 0.03
