@@ -40,7 +40,7 @@ class Alignment:
     removed: tuple[int, ...]
 
     def describe(self, source: Prompt, target: Prompt) -> str:
-        """A line for each swap and each run of shared, new or removed words, in the target's order, for people."""
+        """A line for each swap and each run of shared, new or removed words, in the target's order."""
         shared = [(pairing.source[0], pairing.target[0]) for pairing in self.pairings if not pairing.swapped]
         lines: dict[int, str] = {}
         for run in _runs(shared):

@@ -12,7 +12,8 @@ from comfy.ldm.flux.model import FluxParams
 from comfy_extras.nodes_ip2p import InstructPixToPixConditioning
 from p2p.nodes import AttentionController
 from p2p.sampling.controller import cross_attention_blocks
-from p2p.tests.host.checkpoints import COMMON, FAMILIES, load
+from p2p.tests.conftest import ROOT
+from p2p.tests.host.checkpoints import COMMON, FAMILIES, SDXL_VARIANT, load
 from p2p.tests.host.runs import EMPTY, FULL, Settings, Studio, assert_close, difference, ksampler
 
 import nodes as host_nodes
@@ -220,3 +221,13 @@ def test_any_other_model_is_an_error_that_names_its_class_before_sampling(studio
         AttentionController.execute(model, studio.edit(), EMPTY)
     with pytest.raises(ValueError, match=f"class {name} is not supported"):
         studio.paired(studio.edit(), EMPTY, way="P2PSampler", model=model)
+
+
+def test_the_page_of_models_lists_every_family_that_is_tested():
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")][2:]
+    assert [row[0].split(" (")[0] for row in rows] == list(FAMILIES)
+    for row, family in zip(rows, FAMILIES.values(), strict=True):
+        assert row[1].split(",")[0].upper() == {"V_PREDICTION": "V"}.get(family.prediction, family.prediction)
+        assert ("first half" in row[3]) == (family.unet is SDXL_VARIANT)
+        assert (f"{family.channels} input channels" in row[3]) == (family.channels > 4)

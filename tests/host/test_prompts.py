@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 from unicodedata import normalize
@@ -17,6 +18,7 @@ from p2p.attention.alignment import MODES, align, token_mapping
 from p2p.attention.prompt import WordNotFound, split_words
 from p2p.attention.schedule import TauSchedule, Window
 from p2p.sampling.encode import read
+from p2p.tests.conftest import ROOT
 from p2p.tests.host.runs import EDITED, EMPTY, PART, Settings, Studio, assert_close, difference, empty
 from p2p.tests.host.test_laws import naive_run
 
@@ -414,3 +416,27 @@ def test_fused_equals_materialised_for_real_prompts(reader, source, target):
         reader.paired(edit, tau), naive_run(reader, edit, tau, Settings(), empty()), strict=True
     ):
         assert_close(found, expected)
+
+
+# The page for people
+
+
+@pytest.fixture(scope="module")
+def page_clip(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("page")
+    torch.save({"emb_params": torch.randn(3, 768)}, folder / "mystyle.pt")
+    return clip_with(str(folder))
+
+
+PAGE = (ROOT / "docs" / "prompts.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```alignment\nsource: (.*)\ntarget: (.*)\nmode: (.*)\n\n((?:.+\n)+)```", PAGE)
+
+
+@pytest.mark.parametrize(("source", "target", "mode", "description"), EXAMPLES)
+def test_examples_of_the_docs_are_what_the_node_shows(page_clip, source, target, mode, description):
+    left, right = read(page_clip, source, "source"), read(page_clip, target, "target")
+    assert align(left, right, mode).describe(left, right) + "\n" == description
+
+
+def test_all_examples_of_the_docs_are_checked():
+    assert len(EXAMPLES) == PAGE.count("```alignment") > 10
