@@ -89,7 +89,7 @@ class Controller:
         guider = executor.class_obj
         if "context_handler" in guider.model_options:
             raise ValueError(
-                "The model has Context Windows, which compute a batch in parts that overlap; Prompt-to-Prompt "
+                "The model has Context Windows, which compute a batch in overlapping parts; Prompt-to-Prompt "
                 "needs a pair's rows in one call. Take Context Windows out."
             )
         lay_out(guider.conds, noise.shape[0] // self.edit.branches, self.edit.branches)

@@ -11,12 +11,8 @@ import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_custom_sampler as custom
-from comfy_extras.nodes_hypertile import HyperTile
-from comfy_extras.nodes_model_advanced import ModelComputeDtype
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from comfy_extras.nodes_perpneg import PerpNegGuider
-from comfy_extras.nodes_sag import SelfAttentionGuidance
-from comfy_extras.nodes_tomesd import TomePatchModel
 from p2p.attention.schedule import TauSchedule, Window
 from p2p.sampling.controller import control
 from p2p.tests import naive
@@ -621,57 +617,6 @@ def value_of(output):
     return getattr(output, "args", output)[0]
 
 
-GUIDANCE = {
-    "PerturbedAttentionGuidance": lambda model: PerturbedAttentionGuidance.execute(model, 3.0),
-    "SelfAttentionGuidance": lambda model: SelfAttentionGuidance.execute(model, 0.5, 2.0),
-    "TomePatchModel": lambda model: TomePatchModel.execute(model, 0.3),
-    "HyperTile": lambda model: HyperTile.execute(model, 32, 2, 0, False),
-    "bfloat16": lambda model: ModelComputeDtype().patch(model, "bf16"),
-}
-"""Nodes of the host that change a model."""
-
-
-@pytest.mark.parametrize("name", GUIDANCE)
-@pytest.mark.parametrize("order", ["before", "after"])
-def test_laws_1_to_3_hold_with_other_model_nodes_before_or_after(studio, name, order):
-    """16 x 16, where HyperTile has something to tile."""
-    latent = empty(1, 16, 16)
-
-    def node(model):
-        return value_of(GUIDANCE[name](model))
-
-    def run(edit, tau):
-        model = node(studio.model) if order == "before" else studio.model
-        controlled, positive = control(model, edit, tau)
-        controlled = node(controlled) if order == "after" else controlled
-        return studio.split(
-            edit, ksampler(controlled, positive, studio.negative, studio.rows(edit, latent), Settings())
-        )
-
-    tolerance = 3e-2 if name == "bfloat16" else 2e-3
-    source, target = run(studio.edit(), EMPTY)
-    if name != "HyperTile":  # it tiles at random, from the number of rows
-        assert_close(source, studio.plain(SOURCE, Settings(), latent, node(studio.model)), tolerance)
-        assert_close(target, studio.plain(TARGET, Settings(), latent, node(studio.model)), tolerance)
-    torch.manual_seed(0)
-    source, target = run(studio.edit(SOURCE, SOURCE), FULL)
-    assert_close(target, source, tolerance)
-
-
-def test_positive_in_the_negative_input_is_refused(studio):
-    controlled, positive = control(studio.model, studio.edit(), FULL)
-    with pytest.raises(ValueError, match="negative"):
-        ksampler(controlled, positive, positive, studio.rows(studio.edit(), empty()), Settings())
-
-
-def test_another_positive_than_the_controllers_is_refused(studio):
-    controlled, _ = control(studio.model, studio.edit(), FULL)
-    _, foreign = control(studio.model, studio.edit(), FULL)
-    for positive in (foreign, studio.encode(SOURCE)):
-        with pytest.raises(ValueError, match="Attention Controller"):
-            ksampler(controlled, positive, studio.negative, studio.rows(studio.edit(), empty()), Settings())
-
-
 # Law 8
 
 
@@ -820,19 +765,3 @@ def test_law_8_a_plain_run_between_paired_runs_is_as_before(studio):
     plain = studio.plain(SOURCE, Settings(), empty())
     studio.paired(studio.edit(), FULL)
     assert torch.equal(studio.plain(SOURCE, Settings(), empty()), plain)
-
-
-def test_law_8_one_model_in_two_controllers_at_once(studio):
-    edits = [studio.edit(), studio.edit("a castle", "a red castle", "a blue castle")]
-    alone = [studio.paired(edit, PART) for edit in edits]
-    controllers = [control(studio.model, edit, PART) for edit in edits]
-    for n in (0, 1, 0, 1):
-        samples = ksampler(*controllers[n], studio.negative, studio.rows(edits[n], empty()), Settings())
-        for one, expected in zip(studio.split(edits[n], samples), alone[n], strict=True):
-            assert torch.equal(one, expected)
-
-
-def test_a_controller_on_a_controlled_model_is_refused(studio):
-    controlled, _ = control(studio.model, studio.edit(), FULL)
-    with pytest.raises(ValueError, match="already"):
-        control(controlled, studio.edit(), FULL)

@@ -16,7 +16,7 @@ import torch
 from p2p.attention.edit import Edit
 from p2p.attention.schedule import TauSchedule
 from p2p.nodes import AttentionController, PairedSampler
-from p2p.tests.host.runs import SOURCE, Settings, Studio, empty, ksampler
+from p2p.tests.host.runs import PART, SOURCE, Settings, Studio, empty, ksampler
 from torch import Tensor
 
 KINDS = ("Weights", "Guidance", "Attention and features", "Conditioning", "Control", "Latents", "Runs")
@@ -34,12 +34,16 @@ AVERAGES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of docs/compatibility.md. holds: laws that tests show. error: it is refused instead."""
+    """One line of docs/compatibility.md. holds: laws that tests show. fails: laws that do not hold.
+
+    error: it is refused instead.
+    """
 
     kind: str
     name: str
     origin: str
-    holds: tuple[str, ...]
+    holds: tuple[str, ...] = ()
+    fails: tuple[str, ...] = ()
     note: str = ""
     error: bool = False
 
@@ -52,15 +56,15 @@ def list_entry(entry: Entry) -> None:
     ENTRIES[entry.name] = entry
 
 
-def works(kind: str, name: str, origin: str = "ComfyUI", holds: tuple[str, ...] = (), note: str = "") -> Any:
-    """Marks a test that shows what holds beside something that is no `Neighbour`."""
-    list_entry(Entry(kind, name, origin, holds, note))
+def works(kind: str, name: str, origin: str = "ComfyUI", **fields: Any) -> Any:
+    """Marks a test that shows what holds beside something that is no `Neighbour`; fields as in `Entry`."""
+    list_entry(Entry(kind, name, origin, **fields))
     return lambda test: test
 
 
 def refused(kind: str, name: str, origin: str = "ComfyUI", note: str = "") -> Any:
     """Marks a test that shows the error for something that cannot work."""
-    list_entry(Entry(kind, name, origin, (), note, error=True))
+    list_entry(Entry(kind, name, origin, note=note, error=True))
     return lambda test: test
 
 
@@ -71,6 +75,7 @@ Change = Callable[[Studio, Any], Any]
 class Neighbour:
     """A graph with one more node.
 
+    line: its line in docs/compatibility.md, if not its name; several neighbours may share one.
     model: changes the MODEL, before or after the controller. positive: changes the controller's CONDITIONING,
     or a plain run's; negative likewise. latent: changes the LATENT before it is paired. sample: the sampler
     node. seeded: the node draws random numbers of its own.
@@ -82,6 +87,7 @@ class Neighbour:
     name: str
     origin: str = "ComfyUI"
     note: str = ""
+    line: str = ""
     model: Change | None = None
     positive: Change | None = None
     negative: Change | None = None
@@ -90,6 +96,7 @@ class Neighbour:
     settings: Settings = Settings(steps=3)
     size: tuple[int, int, int] = (1, 8, 8)
     seeded: bool = False
+    tau: TauSchedule = PART
     acts: bool = True
     tolerance: float = 2e-3
     fails: Mapping[str, str] = field(default_factory=dict)
@@ -107,7 +114,7 @@ class Neighbour:
         }
         holds = tuple(law for law in LAWS if possible.get(law, True) and law not in self.fails)
         note = " ".join(filter(None, (self.note, *self.fails.values())))
-        return Entry(self.kind, self.name, self.origin, holds, note)
+        return Entry(self.kind, self.line or self.name, self.origin, holds, tuple(self.fails), note)
 
 
 NEIGHBOURS: dict[str, Neighbour] = {}
@@ -120,7 +127,7 @@ def add(kind: str, name: str, **fields: Any) -> None:
 
 
 def stock(module: str, name: str, **inputs: Any) -> Any:
-    """Run a node of the host, of either of its node APIs; its first output. Skips the test if there is none."""
+    """Run a node of the host, of either node API; its first output. Skips the test if there is none."""
     outputs = stock_outputs(module, name, **inputs)
     return outputs[0]
 

@@ -159,10 +159,22 @@ add(
     kind,
     "LoRA hooks with keyframes, on the pair",
     positive=hooked,
-    note="*Create Hook LoRA*, *Set Hook Keyframes*, *Cond Set Props* on the controller's positive. With hooks "
-    "on CLIP, give *Prompt Pair* the CLIP from *Set CLIP Hooks*.",
+    note="*Create Hook LoRA*, *Set Hook Keyframes*, *Cond Set Props* on the controller's positive. With "
+    "hooks on CLIP, give *Prompt Pair* the CLIP from *Set CLIP Hooks*.",
 )
 add(kind, "LoRA hooks on the negative", negative=hooked)
+add(
+    kind,
+    "ConditioningAverage",
+    positive=lambda s, c: stock(
+        "nodes",
+        "ConditioningAverage",
+        conditioning_to=c,
+        conditioning_from=other(s),
+        conditioning_to_strength=0.7,
+    ),
+    note="The controller's positive goes into `conditioning_to`.",
+)
 add(
     kind,
     "ConditioningAverage on the negative",
@@ -214,6 +226,8 @@ for style in ("regular", "nested"):
         add(
             "Guidance",
             f"DualCFGGuider, {style}, the pair as cond{1 if first else 2}",
+            line="DualCFGGuider",
+            note="The pair may be cond1 or cond2, the style regular or nested.",
             sample=guided(
                 lambda s, model, positive, negative, style=style, first=first: stock(
                     custom,
@@ -349,12 +363,32 @@ def noise_masked(rows: int = 1) -> Any:
     )
 
 
+class Encoder:
+    """In the place of a VAE: four channels of a picture an eighth of the size."""
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        small = torch.nn.functional.avg_pool2d(pixels.movedim(-1, 1), 8)
+        return 8.0 * torch.cat([small, small[:, :1]], dim=1) - 4.0
+
+
+def inpainting(conditioning: list) -> tuple:
+    return stock_outputs(
+        "nodes",
+        "InpaintModelConditioning",
+        positive=conditioning,
+        negative=conditioning,
+        pixels=hints(),
+        vae=Encoder(),
+        mask=half(),
+    )
+
+
 def soft_mask(height: int = 64, width: int = 64) -> Tensor:
     return torch.linspace(0, 1, width).expand(1, height, width)
 
 
 def again(stage: Any) -> Any:
-    """Two samplers in a row: what `stage` makes of the first's latent goes into one of denoise 0.5."""
+    """Two samplers: what `stage` makes of the first's latent goes on at denoise 0.5."""
 
     def sample(
         studio: Studio, model: Any, positive: list, negative: list, latent: dict, settings: Settings
@@ -420,6 +454,14 @@ add(
     acts=False,
 )
 add(kind, "SetLatentNoiseMask", latent=noise_masked())
+add(
+    kind,
+    "InpaintModelConditioning",
+    positive=lambda s, c: inpainting(c)[0],
+    negative=lambda s, c: inpainting(c)[0],
+    latent=lambda s, latent: inpainting([])[2],
+    note="Its latent goes through *Paired Latent*.",
+)
 add(kind, "SetLatentNoiseMask with a mask per item", latent=noise_masked(2), size=(2, 8, 8))
 add(
     kind,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import comfy.ldm.modules.attention as host_attention
 import torch
 from p2p.tests.host.beside import AVERAGES, add, files, model_node, stock, stock_outputs
-from p2p.tests.host.runs import Studio
+from p2p.tests.host.runs import PART, Settings, Studio
 from torch import Tensor
 
 # Weights
@@ -159,6 +160,51 @@ add(
     note="Skips layers of DiTs; it does nothing on U-Nets.",
 )
 
+add(
+    "Guidance",
+    "SkipLayerGuidanceDiT",
+    model=model_node(
+        "comfy_extras.nodes_slg",
+        "SkipLayerGuidanceDiT",
+        double_layers="1",
+        single_layers="1",
+        scale=0.5,
+        start_percent=0.0,
+        end_percent=1.0,
+    ),
+    acts=False,
+    note="Skips layers of DiTs and does nothing on U-Nets; its extra pass, which is not edited, strengthens "
+    "the edit.",
+)
+add(
+    "Guidance",
+    "VideoLinearCFGGuidance, VideoTriangleCFGGuidance",
+    model=model_node("comfy_extras.nodes_video_model", "VideoLinearCFGGuidance", min_cfg=1.0),
+    fails={
+        "same prompt": "They give each row of a batch another guidance scale, as frames of a video,",
+        "tau empty": "so source and target are guided differently: not for pairs.",
+    },
+)
+for name in ("EasyCache", "LazyCache"):
+    add(
+        "Guidance",
+        name,
+        model=model_node(
+            "comfy_extras.nodes_easycache",
+            f"{name}Node",
+            reuse_threshold=3.0,
+            start_percent=0.0,
+            end_percent=1.0,
+            verbose=False,
+        ),
+        settings=Settings(steps=5),
+        fails={
+            "tau empty": "It decides for the whole batch which steps to skip, with this pack or without: a "
+            "row differs from a run of its own,",
+            "source": "and an edit of the target may move the source.",
+        },
+    )
+
 # Attention and features
 
 
@@ -296,8 +342,8 @@ add(
     model=with_patches(fewer_keys),
 )
 for name, numbers in (("FreeU", (1.1, 1.2, 0.9, 0.2)), ("FreeU_V2", (1.3, 1.4, 0.9, 0.2))):
-    settings = dict(zip(("b1", "b2", "s1", "s2"), numbers, strict=True))
-    add(features, name, model=model_node("comfy_extras.nodes_freelunch", name, **settings))
+    scales = dict(zip(("b1", "b2", "s1", "s2"), numbers, strict=True))
+    add(features, name, model=model_node("comfy_extras.nodes_freelunch", name, **scales))
 add(
     features,
     "HyperTile",
@@ -311,6 +357,16 @@ add(
     ),
     size=(1, 16, 16),
     seeded=True,
+)
+add(
+    features,
+    "TomePatchModel",
+    model=model_node("comfy_extras.nodes_tomesd", "TomePatchModel", ratio=0.6),
+    size=(1, 16, 16),
+    seeded=True,
+    tau=replace(PART, self_resolution=0.5),
+    note="With `self_resolution` above 0.5 it is an error: the finest layers' pixels are merged differently "
+    "for source and target.",
 )
 add(
     features,
