@@ -4,7 +4,7 @@ VENV := .venv/bin
 PORT ?= 8188
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo serve test lint format host-path bench train-demo workflows thumbnails node-pictures icon clean
+.PHONY: help env demo serve test lint format host-path bench bench-inversion train-demo workflows thumbnails node-pictures icon clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -35,6 +35,9 @@ host-path:  ## print the ComfyUI folder in use
 
 bench: env  ## time plain attention against edited attention
 	@$(VENV)/python benchmarks/attention.py
+
+bench-inversion: env  ## edit pictures by every method and inversion; figures into docs/inversion.* (minutes)
+	@$(VENV)/python benchmarks/inversion.py $(ARGS)
 
 train-demo: env  ## train the bundled model from nothing (hours; resumes where it stopped)
 	@COMFYUI_PATH="$$($(PYTHON) tools/env.py --host-path)" $(VENV)/python -m demo.train $(ARGS)

@@ -12,6 +12,9 @@ it back:
 - edit success: the demo's classifier (`demo/evaluate.py`; trained on first use) finds what the target prompt
   asks for.
 
+Plug-and-Play is as published where the source follows the inverted path: the picture is inverted and denoised
+under the empty prompt. Without a path there is only the source prompt.
+
 Runs that are done are kept in output/inversion and not repeated.
 """
 
@@ -92,12 +95,12 @@ class Bench:
 
         return self.vae.encode(torch.from_numpy(scenes.draw(scene)[0])[None] / 255.0)
 
-    def invert(self, scene: Any, latent: Any, inversion: str) -> tuple[Any, Any]:
+    def invert(self, prompt: str, latent: Any, inversion: str) -> tuple[Any, Any]:
         from p2p.sampling.invert import invert
 
         return invert(
             self.model,
-            self.encode(scene.caption()),
+            self.encode(prompt),
             {"samples": latent},
             STEPS,
             SCHEDULER,
@@ -131,7 +134,8 @@ class Bench:
 
         edit = start_edit(self.clip, case.source.caption(), case.target.caption(), "auto")
         if method == "PnP":
-            model, positive = plug_and_play(self.model, edit, 0.8, 0.5, trajectory)
+            unprompted = self.negative if trajectory else None
+            model, positive = plug_and_play(self.model, edit, 0.8, 0.5, trajectory, unprompted)
         else:
             mutual = TauSchedule(Window(0.0, 0.0), Window(0.1, 1.0), self_mode="mutual")
             tau = mutual if method == "MasaCtrl" else TauSchedule()
@@ -188,14 +192,19 @@ def measure(bench: Bench, classifier: Any, number: int, case: Case) -> dict[str,
     figures: dict[str, Any] = {"source": case.source.caption(), "target": case.target.caption()}
     pictures = [picture]
     for inversion in INVERSIONS:
-        trajectory, noise = bench.invert(case.source, latent, inversion)
-        follows = trajectory if inversion in ("direct", "negative prompt") else None
-        positive = bench.encode(case.source.caption())
+        follows = inversion in ("direct", "negative prompt")
+        prompts = (case.source.caption(), "") if follows else (case.source.caption(),)
+        inverted = {prompt: bench.invert(prompt, latent, inversion) for prompt in prompts}
+        positive, (_, noise) = bench.encode(case.source.caption()), inverted[case.source.caption()]
         plain = bench.vae.decode(bench.sample(bench.model, positive, noise["samples"], cfg=1.0))[0]
         figures[inversion] = {"reconstruction": {"unguided": psnr(plain, picture, everywhere)}}
         for method in METHODS:
-            source, target = bench.vae.decode(bench.edit(case, method, noise, follows))
-            figures[inversion]["reconstruction"]["guided"] = psnr(source, picture, everywhere)
+            prompt = "" if method == "PnP" and follows else case.source.caption()
+            trajectory, noise = inverted[prompt]
+            edited = bench.edit(case, method, noise, trajectory if follows else None)
+            source, target = bench.vae.decode(edited)
+            if prompt:
+                figures[inversion]["reconstruction"]["guided"] = psnr(source, picture, everywhere)
             figures[inversion][method] = {
                 "psnr": psnr(target, picture, outside),
                 "ssim": ssim(target, picture, outside),

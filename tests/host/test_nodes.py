@@ -435,9 +435,10 @@ def test_transparency_is_left_out():
 
 
 def test_the_demo_model_comes_as_the_hosts_own_values():
-    model, clip, vae = DemoModel.execute().args
+    model, clip, vae, picture = DemoModel.execute().args
     assert (
         type(model).__name__ == "ModelPatcher"
         and type(clip).__name__ == "CLIP"
         and type(vae).__name__ == "VAE"
     )
+    assert picture.shape == (1, 128, 128, 3) and 0.0 <= picture.min() < picture.max() <= 1.0
