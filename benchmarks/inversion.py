@@ -69,7 +69,7 @@ def cases(count: int) -> Iterator[Case]:
         word = getattr(scene, role)
         if found % 2 == 0 or scene.partner:
             (kind,) = [kind for kind in kinds if word in kind]
-            change = {role: kind[(kind.index(word) + 1) % len(kind)]}
+            change: dict[str, Any] = {role: kind[(kind.index(word) + 1) % len(kind)]}
         else:
             color = scene.subject_color
             change = {"subject_color": colors[(colors.index(color) + 1) % 5 if color else seed % 5]}

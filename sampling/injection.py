@@ -86,17 +86,10 @@ class PromptToPrompt:
         schedules = [target.tau or self.tau for target in self.edit.targets]
         weights = [schedule.self_weight(call.step / call.run.steps, "mutual") for schedule in schedules]
         first = [round(schedule.mutual_layer * len(self.blocks)) for schedule in schedules]
-        chunks = tuple(range(call.chunks))
         for layer, block in enumerate(self.blocks):
             here = tuple(w if layer >= start else 0.0 for w, start in zip(weights, first, strict=True))
             if any(here):
-                slots.fill(
-                    "attn1",
-                    lambda attend, attend_own, q, k, v, _, here=here: mutual_self_attention(
-                        attend, attend_own, q, k, v, _self_step(call, chunks, here, v)
-                    ),
-                    (block,),
-                )
+                slots.fill("attn1", _mutual(call, here), (block,))
 
     def cross_step(self, call: Call) -> CrossStep | None:
         return self._plan(call, self.edit.without_gain()).cross[call.step]
@@ -109,6 +102,14 @@ class PromptToPrompt:
                 edit, self.tau, call.run.steps, call.length, call.x.device, call.x.dtype
             )
         return call.run.made[key]
+
+
+def _mutual(call: Call, weights: tuple[float, ...]) -> Inject:
+    def inject(attend: Callable, attend_own: Callable, q: Tensor, k: Tensor, v: Tensor, _: dict) -> Tensor:
+        step = _self_step(call, tuple(range(call.chunks)), weights, v)
+        return mutual_self_attention(attend, attend_own, q, k, v, step)
+
+    return inject
 
 
 def check_pixels(q: Tensor, k: Tensor, remedy: str) -> None:
