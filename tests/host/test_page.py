@@ -1,0 +1,112 @@
+"""What the page says about the nodes: tooltips, help, and both in every language."""
+
+import json
+import re
+
+import pytest
+from p2p.nodes import NODES
+from p2p.tests.conftest import ROOT
+
+LANGUAGES = ("ko", "ja", "zh")  # besides English, which the nodes themselves and web/docs/NODE.md are in
+SCHEMAS = {schema.node_id: schema for schema in (node.GET_SCHEMA() for node in NODES)}
+INPUTS = [(node, entry.id) for node, schema in SCHEMAS.items() for entry in schema.inputs or []]
+every_node = pytest.mark.parametrize("node", SCHEMAS)
+every_language = pytest.mark.parametrize("language", LANGUAGES)
+
+
+def read(language, name):
+    return json.loads((ROOT / "locales" / language / name).read_text(encoding="utf-8"))
+
+
+def placeholders(text):
+    return sorted(re.findall(r"\{\w+\}", text))
+
+
+@pytest.mark.parametrize(("node", "name"), INPUTS, ids=[".".join(each) for each in INPUTS])
+def test_every_input_has_a_tooltip_that_names_the_range_of_a_number(node, name):
+    entry = next(entry for entry in SCHEMAS[node].inputs or [] if entry.id == name)
+    assert entry.tooltip and entry.tooltip[-1] in ".:"
+    if entry.io_type == "FLOAT" or (entry.io_type == "INT" and entry.max < 64):
+        assert {f"{entry.min:g}", f"{entry.max:g}"} <= set(re.findall(r"-?\d+(?:\.\d+)?", entry.tooltip))
+
+
+@every_language
+def test_every_node_input_and_output_is_translated_and_nothing_else(language):
+    expected = {
+        node: {
+            "display_name": True,
+            "description": True,
+            "inputs": {entry.id: {"name": True, "tooltip": True} for entry in (schema.inputs or [])},
+            "outputs": {
+                str(n): {"name": True, **({"tooltip": True} if entry.tooltip else {})}
+                for n, entry in enumerate(schema.outputs or [])
+            },
+        }
+        for node, schema in SCHEMAS.items()
+    }
+    expected = {
+        node: {key: value for key, value in entry.items() if value} for node, entry in expected.items()
+    }
+
+    def shape(value):
+        return {key: shape(entry) for key, entry in value.items()} if isinstance(value, dict) else bool(value)
+
+    assert shape(read(language, "nodeDefs.json")) == expected
+
+
+@every_language
+def test_numbers_and_names_of_inputs_survive_translation(language):
+    translated = read(language, "nodeDefs.json")
+    for node, schema in SCHEMAS.items():
+        for entry in schema.inputs or []:
+            text = translated[node]["inputs"][entry.id]["tooltip"]
+            numbers = set(re.findall(r"-?\d+(?:\.\d+)?", entry.tooltip)) - {"1", "2", "3"}
+            assert numbers <= set(re.findall(r"-?\d+(?:\.\d+)?", text)), (node, entry.id)
+            assert not set("{}|@") & set(text), (node, entry.id)  # they mean something to the page
+            named = set(re.findall(r"[a-z]+_[a-z]+", entry.tooltip))
+            assert named <= set(re.findall(r"[a-z]+_[a-z]+", text)), (node, entry.id)
+
+
+@every_language
+def test_every_text_of_the_pictures_is_translated_and_nothing_else(language):
+    english, translated = (read(each, "main.json")["promptToPrompt"] for each in ("en", language))
+    assert translated.keys() == english.keys()
+    for key, text in english.items():
+        assert placeholders(translated[key]) == placeholders(text), key
+
+
+def test_the_pictures_ask_for_texts_that_there_are():
+    scripts = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "web" / "js").glob("*.js"))
+    known = read("en", "main.json")["promptToPrompt"]
+    asked = set(re.findall(r'\btext\("([\w.]+)"', scripts))
+    assert asked <= known.keys()
+    composed = {f"{side}.{kind}" for side in ("source", "target") for kind in ("shared", "swapped")}
+    composed |= {"source.removed", "target.new", "source", "target", "token", "tokens"}
+    composed |= {f"{window}.{edge}" for window in ("cross", "self", "word") for edge in ("start", "end")}
+    assert asked | composed == known.keys()
+
+
+def help_page(node, language):
+    folder = ROOT / "web" / "docs"
+    return folder / f"{node}.md" if language == "en" else folder / node / f"{language}.md"
+
+
+@every_node
+@pytest.mark.parametrize("language", ["en", *LANGUAGES])
+def test_help_explains_every_input_and_shows_pictures_that_there_are(node, language):
+    page = help_page(node, language)
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("# ")
+    missing = [entry.id for entry in SCHEMAS[node].inputs or [] if not re.search(rf"\b{entry.id}\b", text)]
+    assert not missing
+    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
+    assert any(picture.endswith(f"{node}.png") for picture in pictures)
+    for picture in pictures:
+        assert (ROOT / "web" / "docs" / picture).is_file(), picture  # relative to it in every language
+
+
+def test_help_is_of_nodes_that_there_are():
+    folder = ROOT / "web" / "docs"
+    pages = {path.stem for path in folder.glob("*.md")}
+    assert pages == set(SCHEMAS)
+    assert {path.name for path in folder.iterdir() if path.is_dir()} - {"pictures"} == set(SCHEMAS)
