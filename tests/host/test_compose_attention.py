@@ -5,6 +5,7 @@ from __future__ import annotations
 import comfy.ldm.modules.attention as host_attention
 import pytest
 import torch
+from comfy import context_windows
 from p2p.attention.schedule import TauSchedule, Window
 from p2p.nodes import AttentionController
 from p2p.sampling.injection import grid_fraction
@@ -127,24 +128,18 @@ def test_a_model_call_with_other_rows_than_the_batchs_is_refused(studio, order):
 )
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_context_windows_are_refused_before_sampling(studio, order):
-    node = Node(
-        "Runs",
-        "windows",
-        model=lambda studio, model: stock(
-            "comfy_extras.nodes_context_windows",
-            "ContextWindowsManualNode",
-            model=model,
+    def windows(model):
+        """As ContextWindowsManual does; its inputs are others in every version of ComfyUI."""
+        model.model_options["context_handler"] = context_windows.IndexListContextHandler(
+            context_schedule=context_windows.get_matching_context_schedule("standard_static"),
+            fuse_method=context_windows.get_matching_fuse_method("pyramid"),
             context_length=4,
             context_overlap=1,
-            context_schedule="standard_static",
-            context_stride=1,
-            closed_loop=False,
-            fuse_method="pyramid",
             dim=3,
-        ),
-    )
+        )
+
     with pytest.raises(ValueError, match="Context Windows"):
-        paired(studio, node, studio.edit(), PART, order)
+        paired(studio, beside(windows), studio.edit(), PART, order)
 
 
 # The grid of a layer is the one that it has, not the one that the latent's size suggests

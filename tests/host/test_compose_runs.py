@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import comfy.model_management
+import comfy_extras.nodes_post_processing  # on some hosts it and nodes_latent import each other: this one first
 import pytest
 import torch
 from p2p.nodes import AttentionController, PairedSampler
@@ -22,6 +23,7 @@ from p2p.tests.host.runs import (
     picture,
 )
 
+assert comfy_extras.nodes_post_processing
 SHORT = Settings(steps=3)
 ALL_LAWS = ("same prompt", "tau empty", "source")
 
@@ -81,7 +83,8 @@ def test_low_memory_gives_the_same_pair(studio, monkeypatch):
     expected = paired(studio, NEIGHBOURS["LoraLoaderModelOnly"], edit, PART, "before")
     model = models.lora_model_only(studio, studio.model)
     controlled, positive = AttentionController.execute(model, edit, PART).args[:2]
-    comfy.model_management.unload_all_models()  # or what is loaded already stays
+    comfy.model_management.unload_all_models()
+    controlled.unpatch_model(controlled.offload_device)  # or what is loaded already stays
     with monkeypatch.context() as patch:
         seen = in_low_memory(patch, controlled)
         samples = ksampler(controlled, positive, studio.negative, studio.rows(edit, empty()), SHORT)
