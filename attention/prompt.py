@@ -195,7 +195,7 @@ def spell(text: str) -> str:
 def _squash(text: str) -> str:
     """Text without what does not matter: case, white space, invisible characters, width, file extensions."""
     text = re.sub(r"(embedding:[^\s,]+?)\.(safetensors|pt|bin)(?![^\s,])", r"\1", text)
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    folded = unicodedata.normalize("NFKC", text.lower())
     return "".join(c for c in folded if not c.isspace() and unicodedata.category(c) not in ("Cc", "Cf"))
 
 

@@ -183,6 +183,7 @@ def test_no_comma_is_lost_where_tags_only_changed_places(tags, mode):
         ("1 girl , smile , bow", "1 girl , very long hair , bow", [("smile", "very long hair")], [], []),
         ("hat , hat , bow", "hat , bow", [], [], ["hat", ","]),
         ("hat , bow", "bow , hat , bow", [], ["bow", ","], []),
+        ("hat , bow , cat", "bow , cat , hat , hat", [], [",", "hat"], []),
         (", hat ,, ,", "hat", [], [], [",", ",,", ","]),
         ("hat", ", hat ,, bow", [], [",", ",,", "bow"], []),
         (",", ", ,", [], [","], []),

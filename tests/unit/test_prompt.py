@@ -133,6 +133,13 @@ def test_an_occurrence_that_is_not_there_is_an_error_that_says_how_many_there_ar
         prompt_of(CAT).find("cat#3")
 
 
+@pytest.mark.parametrize(
+    ("phrase", "tokens"), [("car", (3,)), ("red", (1,)), ("red car", (1, 2, 3)), ("red\u200bcar", (1, 2, 3))]
+)
+def test_invisible_characters_do_not_matter(phrase, tokens):
+    assert prompt_of("red \u200b car").find(phrase) == tokens
+
+
 def test_a_number_sign_in_the_prompt_is_a_word_like_others():
     assert prompt_of("cat # 2 cat").find("cat #2") == (1, 2, 3)
 
