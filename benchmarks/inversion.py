@@ -1,6 +1,6 @@
 """How well are pictures edited that the model did not draw?  Writes figures into docs/inversion.*
 
-python benchmarks/inversion.py [--scenes 20] [--again]     docs/inversion.json, .png and .md's table
+python benchmarks/inversion.py [--scenes 20] [--again]     docs/inversion.json, .png, .jpg, .md's tables
 
 Pictures come from the demo's scene generator, with seeds that no training saw, in order, none picked: plain
 scenes with one place and one object or rider. Every other edit swaps an object, the others change a colour.
@@ -263,6 +263,28 @@ def table(means: dict[str, Any], count: int) -> str:
     return "\n".join(lines)
 
 
+def examples(figures: list[dict[str, Any]], path: Path, rows: int = 6) -> None:
+    """The first pictures and some of their edits, from the sheets that `measure` kept."""
+    import numpy as np
+    import torch
+    from p2p.nodes.grid import GAP, comparison_grid
+    from PIL import Image
+
+    order = [(inversion, method) for inversion in INVERSIONS for method in METHODS]
+    shown = [("DDIM", "P2P"), *(("direct", method) for method in METHODS)]
+    tiles, labels = [], []
+    for number, one in enumerate(figures[:rows]):
+        sheet = np.asarray(Image.open(OUT / f"{number:02d}.png").convert("RGB"), np.float32) / 255.0
+        width = (sheet.shape[1] - GAP) // (1 + len(order))
+        for place in (0, *(1 + order.index(pair) for pair in shown)):
+            left, side = GAP + place * width, width - GAP
+            tiles.append(torch.from_numpy(sheet[-GAP - side : -GAP, left : left + side]))
+        edits = [f"{method}, {INVERSIONS[inversion]}" for inversion, method in shown]
+        labels += [one["source"], one["target"] + ": " + edits[0], *edits[1:]]
+    grid = comparison_grid(torch.stack(tiles), labels, columns=1 + len(shown))[0]
+    Image.fromarray((grid * 255).round().byte().numpy()).save(path, quality=90)
+
+
 def plot(means: dict[str, Any], path: Path) -> None:
     import matplotlib
 
@@ -279,7 +301,7 @@ def plot(means: dict[str, Any], path: Path) -> None:
         axes.scatter([], [], color=f"C{n}", label=title)
     for method, marker in zip(METHODS.values(), "os^", strict=True):
         axes.scatter([], [], color="gray", marker=marker, label=method)
-    axes.set(xlabel="background PSNR, dB", ylabel="edit success, %", ylim=(0, 103))
+    axes.set(xlabel="background PSNR, dB", ylabel="edit success, %", ylim=(50, 102))
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
@@ -319,6 +341,7 @@ def main() -> None:
         json.dumps({"settings": settings, "means": means, "pictures": figures}, indent=1) + "\n"
     )
     plot(means, options.out / "inversion.png")
+    examples(figures, options.out / "inversion.jpg")
     text = table(means, options.scenes)
     page = options.out / "inversion.md"
     if page.exists():
