@@ -27,21 +27,23 @@ function fill(element, attributes, children) {
 
 const KEY = "promptToPrompt"; // of this pack's texts in locales/LANGUAGE/main.json
 
-async function texts() {
+async function translations() {
   try {
     const all = await (await api.fetchApi("/i18n")).json();
     const language = app.ui?.settings?.getSettingValue?.("Comfy.Locale") ?? navigator.language ?? "en";
-    const short = language.split("-")[0];
-    return { ...all.en?.[KEY], ...all[short]?.[KEY], ...all[language]?.[KEY] };
+    const own = all[language] ?? all[language.split("-")[0]] ?? {};
+    return { texts: { ...all.en?.[KEY], ...own[KEY] }, nodeDefs: own.nodeDefs ?? {} };
   } catch (error) {
     console.warn("prompt-to-prompt: no translations", error);
-    return {};
+    return { texts: {}, nodeDefs: {} };
   }
 }
 
-const loaded = texts();
 let known = {};
-loaded.then((found) => (known = found));
+const loaded = translations().then((found) => {
+  known = found.texts;
+  return found;
+});
 
 /** The text under a key in the page's language, with {name} replaced by values.name. */
 export function text(key, values = {}) {
@@ -50,6 +52,9 @@ export function text(key, values = {}) {
 
 /** Resolves when `text` knows the page's language. */
 export const textsLoaded = loaded.then(() => undefined);
+
+/** Names and tooltips of nodes in the page's language, as locales/LANGUAGE/nodeDefs.json has them. */
+export const nodeTexts = loaded.then((found) => found.nodeDefs);
 
 export function widget(node, name) {
   return node?.widgets?.find((each) => each.name === name);
@@ -135,6 +140,8 @@ export function addPicture(node, name, element, height) {
     setValue: () => {},
   });
   added.serialize = false;
+  const [width, tall] = node.computeSize();
+  node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], tall)]);
   element.addEventListener("wheel", (event) => forward(element, event), { passive: false });
   return added;
 }
