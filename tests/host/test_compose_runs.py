@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import comfy.model_management
-import comfy_extras.nodes_post_processing  # on some hosts it and nodes_latent import each other: this one first
+import comfy_extras.nodes_post_processing
 import pytest
 import torch
 from p2p.nodes import AttentionController, PairedSampler
 from p2p.sampling.layout import lay_out
-from p2p.tests.host.beside import NEIGHBOURS, graphs, models, paired, plain, refused, stock, works
+from p2p.tests.host.beside import (
+    NEIGHBOURS,
+    graphs,
+    models,
+    paired,
+    plain,
+    refused,
+    stock,
+    stock_outputs,
+    works,
+)
 from p2p.tests.host.runs import (
     EMPTY,
     FULL,
@@ -16,6 +26,7 @@ from p2p.tests.host.runs import (
     SOURCE,
     TARGET,
     Settings,
+    Studio,
     assert_close,
     difference,
     empty,
@@ -23,7 +34,7 @@ from p2p.tests.host.runs import (
     picture,
 )
 
-assert comfy_extras.nodes_post_processing
+assert comfy_extras.nodes_post_processing  # before nodes_latent; on some hosts they import each other
 SHORT = Settings(steps=3)
 ALL_LAWS = ("same prompt", "tau empty", "source")
 
@@ -218,6 +229,59 @@ def test_the_paired_sampler_starts_a_batch_from_a_plain_batchs_noise_at_any_size
 
 
 # Conditionings
+
+
+def lora_on_both(studio):
+    """MODEL and CLIP out of LoraLoader, as they go into *Prompt Pair* and the controller."""
+    model, clip = stock_outputs(
+        "nodes",
+        "LoraLoader",
+        model=studio.model,
+        clip=studio.clip,
+        lora_name=graphs.files.lora(studio),
+        strength_model=0.8,
+        strength_clip=0.8,
+    )
+    return Studio(model, clip)
+
+
+def hooks_on_clip(studio):
+    """A LoRA on CLIP that fades at half of the run: the prompts are encoded once for each half."""
+    hooks = graphs.lora_hooks(studio, strength_clip=0.8)
+    clip = stock(
+        "comfy_extras.nodes_hooks",
+        "SetClipHooks",
+        clip=studio.clip,
+        schedule_clip=True,
+        apply_to_conds=True,
+        hooks=hooks,
+    )
+    return Studio(studio.model, clip)
+
+
+@works(
+    "Weights",
+    "LoraLoader on MODEL and CLIP",
+    holds=(*ALL_LAWS, "acts"),
+    note="*Prompt Pair* takes the CLIP that it gives.",
+)
+@works(
+    "Conditioning",
+    "SetClipHooks with keyframes",
+    holds=(*ALL_LAWS, "acts"),
+    note="*Prompt Pair* takes the CLIP that it gives; it encodes source and target once per keyframe.",
+)
+@pytest.mark.parametrize("make", [lora_on_both, hooks_on_clip])
+def test_prompts_encoded_by_a_changed_clip(studio, make):
+    other = make(studio)
+    source, target = other.paired(other.edit(SOURCE, SOURCE), PART, SHORT)
+    assert_close(target, source)
+    source, target = other.paired(other.edit(), EMPTY, SHORT)
+    assert_close(source, other.plain(SOURCE, SHORT))
+    assert_close(target, other.plain(TARGET, SHORT))
+    again, edited = other.paired(other.edit(), PART, SHORT)
+    assert torch.equal(again, source) and difference(edited, target) > 1e-3
+    assert difference(source, studio.plain(SOURCE, SHORT)) > 1e-3
 
 
 @refused(

@@ -79,23 +79,27 @@ def boxes(studio: Studio, positive: list) -> list:
     )
 
 
-def hooked(studio: Studio, conditioning: list) -> list:
+def lora_hooks(studio: Studio, strength_clip: float = 0.0) -> Any:
+    """A LoRA that is weaker from half of the run on."""
     hooks = stock(
         "comfy_extras.nodes_hooks",
         "CreateHookLora",
         lora_name=files.lora(studio),
         strength_model=0.8,
-        strength_clip=0.0,
+        strength_clip=strength_clip,
     )
     keyframe = stock("comfy_extras.nodes_hooks", "CreateHookKeyframe", strength_mult=0.3, start_percent=0.5)
-    hooks = stock("comfy_extras.nodes_hooks", "SetHookKeyframes", hooks=hooks, hook_kf=keyframe)
+    return stock("comfy_extras.nodes_hooks", "SetHookKeyframes", hooks=hooks, hook_kf=keyframe)
+
+
+def hooked(studio: Studio, conditioning: list) -> list:
     return stock(
         "comfy_extras.nodes_hooks",
         "ConditioningSetProperties",
         cond_NEW=conditioning,
         strength=1.0,
         set_cond_area="default",
-        hooks=hooks,
+        hooks=lora_hooks(studio),
     )
 
 
@@ -159,8 +163,7 @@ add(
     kind,
     "LoRA hooks with keyframes, on the pair",
     positive=hooked,
-    note="*Create Hook LoRA*, *Set Hook Keyframes*, *Cond Set Props* on the controller's positive. With "
-    "hooks on CLIP, give *Prompt Pair* the CLIP from *Set CLIP Hooks*.",
+    note="*Create Hook LoRA*, *Set Hook Keyframes*, *Cond Set Props* on the controller's positive.",
 )
 add(kind, "LoRA hooks on the negative", negative=hooked)
 add(

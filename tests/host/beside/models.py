@@ -42,12 +42,7 @@ def merged(studio: Studio, model: Any) -> Any:
     )
 
 
-add(
-    "Weights",
-    "LoraLoader",
-    model=lora,
-    note="Put it before *Prompt Pair* too where it also changes CLIP: the prompts are encoded there.",
-)
+add("Weights", "LoraLoader", model=lora)
 add("Weights", "LoraLoaderModelOnly", model=lora_model_only)
 add("Weights", "ModelMergeSimple and other merges", model=merged)
 add(
