@@ -76,7 +76,7 @@ def editor(server, request):
     configure(server, **{VUE: request.param == "vue", "Comfy.VueNodes.AutoScaleLayout": False})
     try:
         with open_editor(server) as editor:
-            editor.page.set_default_timeout(8000)
+            editor.page.set_default_timeout(20_000)
             yield editor
     finally:
         configure(server, **{VUE: False})
