@@ -25,6 +25,7 @@ class Rows:
 
     target: (r,) their rows. branch: (r,) the number of each one's target, from 0.
     origin: (b,) the row that each row takes queries and keys from: a target's source, else the row itself.
+        Rows from b on are known ones that stand behind the batch's (`unpaired_rows`).
     """
 
     target: Tensor
@@ -82,6 +83,31 @@ def paired_rows(
     return Rows(*(torch.tensor(rows, dtype=torch.long, device=device) for rows in (target, branch, origin)))
 
 
+def unpaired_rows(
+    batch: int,
+    targets: Sequence[int],
+    offsets: list[int],
+    size: int,
+    device: torch.device,
+    taking: Collection[int] | None = None,
+) -> Rows:
+    """`paired_rows` of chunks that tile the targets alone; the sources are known and stand behind the batch.
+
+    The known rows are those of the chunks' sources, chunk by chunk and pair by pair.
+    """
+    origin = list(range(batch))
+    target, branch = [], []
+    pairs = size // len(targets)
+    for n, offset in enumerate(offsets):
+        for row in range(size):
+            pair, place = divmod(row, len(targets))
+            if taking is None or targets[place] in taking:
+                target.append(offset + row)
+                branch.append(targets[place])
+                origin[offset + row] = batch + n * pairs + pair
+    return Rows(*(torch.tensor(rows, dtype=torch.long, device=device) for rows in (target, branch, origin)))
+
+
 def cross_attention(
     attend: Attention,
     attend_own: Attention,
@@ -91,6 +117,7 @@ def cross_attention(
     rows: Rows,
     step: CrossStep,
     copies: int = 1,
+    sources: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Cross-attention with the source's maps in the target's rows.
 
@@ -103,7 +130,9 @@ def cross_attention(
     attend_own: plain attention, called on the target rows for the second term where there is one.
     q (b, n, h d), k and v (b, L, h d); L holds the conditioning's t tokens `copies` times, and then tokens
     that another node appended inside this attention, which both branches share.
+    sources: the queries and keys that rows.origin speaks of, if they are not q and k themselves.
     """
+    origins, origin_keys = sources or (q, k)
     values = v.index_select(0, rows.target)  # (r, L, h d)
     own = None if step.own is None else _own_values(values, rows, step, copies)
     if step.moved is None:
@@ -112,7 +141,9 @@ def cross_attention(
         )
     moved = _moved_values(values, rows, step.moved, step.weight, copies)
     out = attend(
-        q.index_select(0, rows.origin), k.index_select(0, rows.origin), v.index_copy(0, rows.target, moved)
+        origins.index_select(0, rows.origin),
+        origin_keys.index_select(0, rows.origin),
+        v.index_copy(0, rows.target, moved),
     )
     if own is None:
         return out
@@ -150,7 +181,13 @@ def _per_row(weight: Tensor, rows: Rows) -> Tensor:
 
 
 def self_attention(
-    attend: Attention, attend_own: Attention, q: Tensor, k: Tensor, v: Tensor, step: SelfStep
+    attend: Attention,
+    attend_own: Attention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    step: SelfStep,
+    sources: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Self-attention with the source's map in the target's rows, the values staying the target's own.
 
@@ -160,7 +197,12 @@ def self_attention(
     the matching parts of the source. Arguments as in `cross_attention`.
     Source: Hertz et al. 2023, section 4 (self-attention injection); Tumanyan et al. 2023, section 4.
     """
-    out = attend(q.index_select(0, step.rows_of(q).origin), k.index_select(0, step.rows_of(k).origin), v)
+    origins, origin_keys = sources or (q, k)
+    out = attend(
+        origins.index_select(0, step.rows_of(q).origin),
+        origin_keys.index_select(0, step.rows_of(k).origin),
+        v,
+    )
     return mixed_with_own(out, attend_own, q, k, v, step)
 
 

@@ -23,6 +23,7 @@ from .types import (
     check_options,
     edit_input,
     is_wired,
+    reuse_input,
     tau_input,
     trajectory_input,
 )
@@ -239,6 +240,7 @@ class AttentionController(io.ComfyNode):
                 tau_input(),
                 blend_input(),
                 trajectory_input(),
+                reuse_input(),
             ],
             outputs=[
                 io.Model.Output("controlled", display_name="model"),
@@ -256,6 +258,7 @@ class AttentionController(io.ComfyNode):
         tau: TauSchedule,
         blend: LocalBlend | None = None,
         trajectory: Trajectory | None = None,
+        reuse_gb: float = 0.0,
     ) -> io.NodeOutput:
         maps = MapsHandle(wanted=is_wired(cls.hidden, MAPS_OUTPUT))
-        return io.NodeOutput(*control(model, edit, tau, blend, trajectory, maps), maps)
+        return io.NodeOutput(*control(model, edit, tau, blend, trajectory, maps, reuse_gb), maps)

@@ -23,6 +23,7 @@ from .types import (
     check_options,
     edit_input,
     is_wired,
+    reuse_input,
     tau_input,
     trajectory_input,
 )
@@ -110,6 +111,7 @@ class PairedSampler(io.ComfyNode):
                 ),
                 blend_input(),
                 trajectory_input(),
+                reuse_input(),
             ],
             outputs=[
                 io.Latent.Output("source", display_name="source"),
@@ -142,6 +144,7 @@ class PairedSampler(io.ComfyNode):
         denoise: float,
         blend: LocalBlend | None = None,
         trajectory: Trajectory | None = None,
+        reuse_gb: float = 0.0,
     ) -> io.NodeOutput:
         maps = MapsHandle(wanted=is_wired(cls.hidden, MAPS_OUTPUT))
         return io.NodeOutput(
@@ -160,6 +163,7 @@ class PairedSampler(io.ComfyNode):
                 blend,
                 trajectory,
                 maps,
+                reuse_gb,
             ),
             maps,
         )

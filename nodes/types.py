@@ -40,6 +40,19 @@ def trajectory_input() -> io.Input:
     )
 
 
+def reuse_input() -> io.Input:
+    return io.Float.Input(
+        "reuse_gb",
+        default=0.0,
+        min=0.0,
+        max=256.0,
+        step=0.5,
+        optional=True,
+        tooltip="Memory of the computer (not of the GPU), in GB, in which runs keep their source, so that "
+        "the next edit of the same source costs about half. From 0 (off) to 256.",
+    )
+
+
 def is_wired(hidden: Any, output: int) -> bool:
     """Whether an output of the node goes anywhere in the prompt that is being executed.
 

@@ -24,13 +24,14 @@ from ..attention.maps import Tokens
 from ..attention.schedule import TauSchedule
 from .blend import BlendState
 from .encode import KEY
-from .injection import BlockKey, Injection, PromptToPrompt
+from .injection import Injection, PromptToPrompt
 from .layout import lay_out
 from .low_memory import fitting_groups, forward_in_groups
 from .maps import MapsHandle, MapStore, nearest
 from .noise import takes_noise_sampler, tied_noise_sampler, with_tied_inpainting
 from .pairing import check_rows, paired_conditioning, tie_rows, unguided_sources
-from .run import Group, Run, begin_call, run_of
+from .reuse import GIGABYTE, SourceForward, begin_reuse
+from .run import BlockKey, Part, Run, begin_call, run_of
 from .state import StateEdit, with_edited_state
 from .trajectory import Followed, Trajectory, follow
 
@@ -47,6 +48,7 @@ class Controller:
     state: what acts on the sampler's state between steps, in this order.
     follows: the trajectory that the sources are kept on, one of `state`.
     unguided: whether the sources' positive conditioning is their negative one too.
+    reuse: bytes of host memory in which the sources of runs are kept for later ones; 0 for none.
     mark: what tells this controller's conditioning from others.
     """
 
@@ -58,6 +60,7 @@ class Controller:
     state: tuple[StateEdit, ...] = ()
     follows: Followed | None = None
     unguided: bool = False
+    reuse: int = 0
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def install(self, model: Any) -> None:
@@ -101,6 +104,8 @@ class Controller:
             )
         finally:
             options.pop(KEY, None)
+        if run.reuse is not None:
+            run.reuse.report()
         self.maps.record(
             samples,
             run.maps.finish(run) if run.maps is not None and self.maps.wanted else None,
@@ -136,6 +141,8 @@ class Controller:
             run.lengths = self._own_conditionings(guider.conds)
             if self.unguided:
                 unguided_sources(guider.conds, run.lengths, self.edit.branches)
+            if self.reuse:
+                run.reuse = begin_reuse(guider, run, (noise, *args, kwargs), self.reuse)
         sampler = executor.class_obj
         function = getattr(sampler, "sampler_function", None)
         options = getattr(sampler, "extra_options", None)
@@ -245,8 +252,8 @@ class Controller:
         """Once per forward: the step, the pair's rows, and what they take from the source."""
         run: Run | None = transformer_options.get(KEY)
 
-        def forward(targets: Group, x: Tensor, args: tuple, options: dict, kwargs: dict) -> Tensor:
-            call = begin_call(x, args[1], options, targets, executor.class_obj)
+        def forward(part: Part, x: Tensor, args: tuple, options: dict, kwargs: dict) -> Tensor:
+            call = begin_call(x, args[1], options, part, executor.class_obj)
             if call is None:
                 return executor(x, *args, options, **kwargs)
             with self.injection.injected(call) as options:
@@ -256,9 +263,32 @@ class Controller:
 
         if run is None:
             return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
-        return forward_in_groups(
-            run, x, (timesteps, context, y, control), transformer_options, kwargs, forward
-        )
+        args = (timesteps, context, y, control)
+        if run.reuse is None or x.shape[0] % run.branches:
+            return forward_in_groups(run, x, args, transformer_options, kwargs, forward)
+        sources = x[:: run.branches]
+        which = _which_forward(run, transformer_options)
+        known = run.reuse.next(sources, *which)
+        network = executor.class_obj
+        if known is not None and self._suffices(run, known, x, context, transformer_options, network):
+            run.reuse.reused += 1
+            return forward_in_groups(run, x, args, transformer_options, kwargs, forward, known)
+        kept = run.reuse.begin(sources, *which, known)
+        out = forward_in_groups(run, x, args, transformer_options, kwargs, forward, kept=kept)
+        run.reuse.keep(kept, out[:: run.branches])
+        return out
+
+    def _suffices(
+        self, run: Run, known: SourceForward, x: Tensor, context: Tensor, options: dict, network: Any
+    ) -> bool:
+        """Whether what is known of the sources in a forward is all that the targets take from them."""
+        call = begin_call(x, context, options, Part(tuple(range(run.branches - 1))), network)
+        if call is None:
+            return True
+        reads = self.injection.reads(call, known.grids)
+        if run.maps is not None or reads is None or not reads <= known.attention.keys():
+            return False
+        return not reads or "attn1_patch" not in options.get("patches", {})  # it may cut pixels into tiles
 
 
 def control(
@@ -268,10 +298,12 @@ def control(
     blend: LocalBlend | None = None,
     trajectory: Trajectory | None = None,
     maps: MapsHandle | None = None,
+    reuse: float = 0.0,
 ) -> tuple[Any, list]:
     """A clone of the model that samples the edit, and the positive CONDITIONING that goes with it.
 
-    maps: where the runs are to leave their words' maps.
+    maps: where the runs are to leave their words' maps. reuse: host memory, in GB (2^30 bytes), in which runs
+    keep their sources for later runs with the same ones.
     Raises ValueError for an unsupported model, a model with a controller on it or a trajectory of another
     model, WordNotFound for words of the schedule that are in no target or of the blend that are in no prompt.
     """
@@ -293,6 +325,7 @@ def control(
         tuple(state),
         follows,
         unguided=follows is not None and follows.trajectory.reconstruction == "negative prompt",
+        reuse=int(reuse * GIGABYTE),
     )
     return controlled(model, controller)
 
@@ -352,6 +385,12 @@ def _sample_again(
     given = dict(zip(names, args, strict=False)) | {name: kwargs[name] for name in names if name in kwargs}
     given["callback"] = latent_preview.prepare_callback(guider.model_patcher, len(sigmas) - 1)
     return guider.sample(noise, latent_image, sampler, sigmas, **given)
+
+
+def _which_forward(run: Run, options: dict) -> tuple[float, tuple]:
+    """What tells a forward from the run's others: its sigma, and whose conditionings it computes."""
+    own = [chunk in run.lengths for chunk in options["uuids"]]
+    return float(options["sigmas"][0]), (*options["cond_or_uncond"], *own, run.injecting)
 
 
 def _has_own_tensors(entry: dict) -> bool:

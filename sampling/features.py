@@ -16,9 +16,9 @@ from ..attention.inject import Rows, self_attention, self_step
 from ..attention.plan import CrossStep
 from ..attention.schedule import Window
 from .controller import Controller, controlled, cross_attention_blocks
-from .injection import BlockKey, Slots, check_pixels
+from .injection import Slot, Slots, check_pixels
 from .maps import MapsHandle
-from .run import Call
+from .run import BlockKey, Call
 from .trajectory import Trajectory, follow
 
 FACTOR = 4
@@ -58,6 +58,9 @@ class PlugAndPlay:
             yield slots.options
 
     def cross_step(self, call: Call) -> CrossStep | None:
+        return None
+
+    def reads(self, call: Call, grids: dict[BlockKey, float]) -> set[Slot] | None:
         return None
 
 

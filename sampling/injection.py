@@ -16,11 +16,12 @@ from ..attention.features import mutual_self_attention
 from ..attention.inject import SelfStep, cross_attention, self_attention, self_step
 from ..attention.plan import CrossStep, Plan, make_plan
 from ..attention.schedule import TauSchedule
-from .run import Call
+from .run import BlockKey, Call
 
-BlockKey = tuple[str, int, int]
 Replacement = Callable[[Tensor, Tensor, Tensor, dict], Tensor]
 """In the host's form: q, k, v, extra_options -> attention's output."""
+Slot = tuple[str, BlockKey]
+"""("attn1" or "attn2", block)"""
 Inject = Callable[[Callable, Callable, Tensor, Tensor, Tensor, dict], Tensor]
 """attend (what was in the slot before), attend_own (the host's attention), q, k, v, extra_options."""
 
@@ -34,6 +35,13 @@ class Injection(Protocol):
 
     def cross_step(self, call: Call) -> CrossStep | None:
         """How the call's cross-attention maps are edited, re-weighting left out; None where they are not."""
+        ...
+
+    def reads(self, call: Call, grids: dict[BlockKey, float]) -> set[Slot] | None:
+        """The layers whose queries and keys of the sources the call takes; None where it takes more of them.
+
+        grids: sides of the layers' grids as a fraction of the latent's, as far as they are known.
+        """
         ...
 
 
@@ -61,38 +69,62 @@ class PromptToPrompt:
             rows, copies = call.rows(call.own), call.copies
             slots.fill(
                 "attn2",
-                lambda attend, attend_own, q, k, v, _: cross_attention(
-                    attend, attend_own, q, k, v, rows, cross, copies
+                lambda attend, attend_own, q, k, v, extra: cross_attention(
+                    attend, attend_own, q, k, v, rows, cross, copies, call.sources("attn2", q, k, extra)
                 ),
             )
         weights = plan.self_[call.step]
         if any(weights):
-            caps = [(target.tau or self.tau).self_resolution for target in self.edit.targets]
+            caps = self._caps()
 
             def inject(
                 attend: Callable, attend_own: Callable, q: Tensor, k: Tensor, v: Tensor, extra_options: dict
             ) -> Tensor:
                 grid = grid_fraction(extra_options["activations_shape"][-2:], call.x.shape[-2:])
+                call.keep_grid(extra_options, grid)
                 here = tuple(w if grid <= cap else 0.0 for w, cap in zip(weights, caps, strict=True))
                 if not any(here):
                     return attend(q, k, v)
                 check_pixels(q, k, "Set self_resolution of the tau Scheduler to 0.5 or less")
-                return self_attention(attend, attend_own, q, k, v, _self_step(call, call.own, here, v))
+                step = _self_step(call, call.own, here, v)
+                sources = call.sources("attn1", q, k, extra_options)
+                return self_attention(attend, attend_own, q, k, v, step, sources)
 
             slots.fill("attn1", inject)
 
     def _inject_mutual(self, call: Call, slots: Slots) -> None:
         """The source's keys and values of self-attention, in every conditioning."""
         schedules = [target.tau or self.tau for target in self.edit.targets]
-        weights = [schedule.self_weight(call.step / call.run.steps, "mutual") for schedule in schedules]
+        weights = self._mutual_weights(call)
         first = [round(schedule.mutual_layer * len(self.blocks)) for schedule in schedules]
         for layer, block in enumerate(self.blocks):
             here = tuple(w if layer >= start else 0.0 for w, start in zip(weights, first, strict=True))
             if any(here):
                 slots.fill("attn1", _mutual(call, here), (block,))
 
+    def _mutual_weights(self, call: Call) -> list[float]:
+        progress = call.step / call.run.steps
+        return [(target.tau or self.tau).self_weight(progress, "mutual") for target in self.edit.targets]
+
+    def _caps(self) -> list[float]:
+        return [(target.tau or self.tau).self_resolution for target in self.edit.targets]
+
     def cross_step(self, call: Call) -> CrossStep | None:
         return self._plan(call, self.edit.without_gain()).cross[call.step]
+
+    def reads(self, call: Call, grids: dict[BlockKey, float]) -> set[Slot] | None:
+        if any(self._mutual_weights(call)):
+            return None
+        read: set[Slot] = set()
+        if call.own:
+            plan = self._plan(call, self.edit)
+            cross, weights = plan.cross[call.step], plan.self_[call.step]
+            if cross is not None and cross.moved is not None:
+                read |= {("attn2", block) for block in self.blocks}
+            cap = max((c for w, c in zip(weights, self._caps(), strict=True) if w), default=None)
+            if cap is not None:
+                read |= {("attn1", block) for block in self.blocks if grids.get(block, 0.0) <= cap}
+        return read
 
     def _plan(self, call: Call, edit: Edit) -> Plan:
         plain = all(bool((target.gain == 1.0).all()) for target in edit.targets)

@@ -74,7 +74,7 @@ def invert(
 
     noise = comfy.sample.sample_custom(
         model,
-        torch.zeros_like(picture),
+        torch.zeros_like(picture, dtype=torch.float32),
         cfg,
         comfy.samplers.KSAMPLER(backwards),
         sigmas,

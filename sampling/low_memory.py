@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
 import torch
 from torch import Tensor
 
-from .run import Group, Run
+from .run import Group, Part, Run
+
+if TYPE_CHECKING:
+    from .reuse import SourceForward
 
 
 def fitting_groups(model: Any, x: Tensor, run: Run) -> tuple[Group, ...]:
@@ -32,24 +35,32 @@ def _groups(targets: int, count: int) -> tuple[Group, ...]:
     return tuple(tuple(range(first, min(first + size, targets))) for first in range(0, targets, size))
 
 
-Forward = Callable[[Group, Tensor, tuple, dict, dict], Tensor]
-"""Targets of the part, its x, the arguments after x, its transformer_options, and arguments by name."""
+Forward = Callable[[Part, Tensor, tuple, dict, dict], Tensor]
+"""The part that it computes, its x, the arguments after x, its transformer_options, and arguments by name."""
 
 
 def forward_in_groups(
-    run: Run, x: Tensor, args: tuple, options: dict, kwargs: dict, forward: Forward
+    run: Run,
+    x: Tensor,
+    args: tuple,
+    options: dict,
+    kwargs: dict,
+    forward: Forward,
+    known: SourceForward | None = None,
+    kept: SourceForward | None = None,
 ) -> Tensor:
     """The forward of a whole batch, in the run's groups of targets; in smaller ones once memory runs out.
 
-    Every group has the sources with it, whose result is the first group's. Arguments that have one row for
-    each of the batch's, at any depth of lists and dicts, are split with it, and such tensors in the options.
+    Every group has the sources with it, whose result is the first group's; or none has, if what they give is
+    known. kept: where to keep it, if all goes in one group. Arguments that have one row for each of the
+    batch's, at any depth of lists and dicts, are split with it, and such tensors in the options.
     """
     everyone: Group = tuple(range(run.branches - 1))
     while True:
         try:
-            if run.groups == (everyone,) or x.shape[0] % run.branches:
-                return forward(everyone, x, _copied(args), options, _copied(kwargs))
-            return _split(run, x, args, options, kwargs, forward)
+            if x.shape[0] % run.branches or (run.groups == (everyone,) and known is None):
+                return forward(Part(everyone, None, kept), x, _copied(args), options, _copied(kwargs))
+            return _split(run, x, args, options, kwargs, forward, known)
         except comfy.model_management.OOM_EXCEPTION:
             largest = max(map(len, run.groups))
             if largest == 1 or x.shape[0] % run.branches:
@@ -58,30 +69,43 @@ def forward_in_groups(
         comfy.model_management.soft_empty_cache()
 
 
-def _split(run: Run, x: Tensor, args: tuple, options: dict, kwargs: dict, forward: Forward) -> Tensor:
+def _split(
+    run: Run,
+    x: Tensor,
+    args: tuple,
+    options: dict,
+    kwargs: dict,
+    forward: Forward,
+    known: SourceForward | None,
+) -> Tensor:
     result: Tensor | None = None
+    if known is not None:
+        assert known.out is not None
+        result = known.out.new_empty((x.shape[0], *known.out.shape[1:]), device=x.device)
+        result[:: run.branches] = known.out.to(x.device, non_blocking=True)
     for group in run.groups:
-        rows = _rows(run, x, group)
-        part = {
+        part = Part(group, known)
+        rows = _rows(run, x, part)
+        own = {
             name: value.index_select(0, rows) if _is_batch(value, x) else value
             for name, value in options.items()
         }
-        out = forward(group, x.index_select(0, rows), _taken(args, x, rows), part, _taken(kwargs, x, rows))
+        out = forward(part, x.index_select(0, rows), _taken(args, x, rows), own, _taken(kwargs, x, rows))
         if result is None:
             result = out.new_empty((x.shape[0], *out.shape[1:]))
-        else:  # the sources are there already
+        elif known is None:  # the sources are there already
             rows, out = (_without_sources(value, len(group)) for value in (rows, out))
         result.index_copy_(0, rows, out)
     assert result is not None
     return result
 
 
-def _rows(run: Run, x: Tensor, group: Group) -> Tensor:
-    """Rows of the sources and of the group's targets."""
-    key = ("group rows", x.shape[0], group, x.device)
+def _rows(run: Run, x: Tensor, part: Part) -> Tensor:
+    """The part's rows of the batch."""
+    branches = part.branches
+    key = ("part rows", x.shape[0], tuple(branches), x.device)
     if key not in run.made:
-        kept = [0, *(target + 1 for target in group)]
-        rows = [first + branch for first in range(0, x.shape[0], run.branches) for branch in kept]
+        rows = [first + branch for first in range(0, x.shape[0], run.branches) for branch in branches]
         run.made[key] = torch.tensor(rows, dtype=torch.long, device=x.device)
     return run.made[key]
 

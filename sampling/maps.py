@@ -16,8 +16,8 @@ from ..attention.edit import Edit
 from ..attention.inject import CrossStep
 from ..attention.maps import MapStep, Tokens, map_rows, map_step, token_columns, token_maps
 from ..attention.prompt import split_words
-from .injection import BlockKey, Injection, Slots
-from .run import Call, Run
+from .injection import Injection, Slots
+from .run import BlockKey, Call, Run
 
 PUBLISHED_FACTOR = 4
 """A quarter of the latent's sides (16 x 16 of 64 x 64) is the published resolution for a word's region."""
@@ -152,10 +152,10 @@ class MapStore:
         return slots.options
 
     def _rows(self, call: Call) -> Any:
-        key = ("map rows", call.size, call.own, call.targets, call.x.device)
+        key = ("map rows", call.size, call.own, call.part.targets, call.x.device)
         if key not in call.run.made:
             offsets = [n * call.size for n in call.own]
-            call.run.made[key] = map_rows(_branches(call), offsets, call.size, call.x.device)
+            call.run.made[key] = map_rows(call.part.branches, offsets, call.size, call.x.device)
         return call.run.made[key]
 
     def _map_step(self, call: Call, cross: CrossStep | None) -> MapStep:
@@ -166,11 +166,11 @@ class MapStore:
         return call.run.made[key]
 
     def _add(self, call: Call, factor: int, grid: tuple[int, int], maps: Tensor) -> None:
-        branches = _branches(call)
+        branches = call.part.branches
         maps = rearrange(
             maps, "(c p b) (h w) t -> c p b t h w", c=len(call.own), b=len(branches), h=grid[0]
         ).mean(0)
-        first = call.targets[0] == 0
+        first = call.part.targets[0] == 0
         if len(branches) < call.run.branches:  # a part of the targets; the sources are in every part
             whole = maps.new_zeros(maps.shape[0], call.run.branches, *maps.shape[2:])
             whole[:, branches] = maps
@@ -274,10 +274,6 @@ def nearest(factors: Iterable[int]) -> int:
         set(factors),
         key=lambda factor: (abs(factor.bit_length() - PUBLISHED_FACTOR.bit_length()), factor),
     )
-
-
-def _branches(call: Call) -> list[int]:
-    return [0, *(target + 1 for target in call.targets)]
 
 
 def _grid(tokens: int, factor: int, x: Tensor, extra: dict) -> tuple[int, int] | None:

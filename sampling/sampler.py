@@ -36,12 +36,13 @@ def sample_pairs(
     blend: LocalBlend | None = None,
     trajectory: Trajectory | None = None,
     maps: MapsHandle | None = None,
+    reuse: float = 0.0,
 ) -> tuple[dict, dict]:
     """Sample every item of an unpaired LATENT as a pair; with a trajectory, from its noise and not a seed's.
 
     Returns the sources' LATENT, item by item, and the targets', all targets of an item in a row.
     """
-    patched, positive = control(model, edit, tau, blend, trajectory, maps)
+    patched, positive = control(model, edit, tau, blend, trajectory, maps, reuse)
     positive = seeing_images_of(negative, positive)
     items = comfy.sample.fix_empty_latent_channels(patched, latent["samples"])
     noise = comfy.sample.prepare_noise(items, seed, latent.get("batch_index"))

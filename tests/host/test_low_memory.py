@@ -47,18 +47,20 @@ def short_of_memory(monkeypatch):
 def out_of_memory(monkeypatch):
     """The device holds this many rows of a forward, and raises the host's exception for more."""
 
-    def allow(rows: int) -> None:
-        forward = UNetModel._forward
+    def allow(rows: int) -> list[int]:
+        forward, refused = UNetModel._forward, []
 
         def limited(self, x, timesteps, context, y, control, *args, **kwargs):
             if x.shape[0] > rows:
                 if control is not None:
                     for lists in control.values():
                         lists.clear()  # as a forward that failed half-way leaves it
+                refused.append(x.shape[0])
                 raise comfy.model_management.OOM_EXCEPTION("out of memory")
             return forward(self, x, timesteps, context, y, control, *args, **kwargs)
 
         monkeypatch.setattr(UNetModel, "_forward", limited)
+        return refused
 
     return allow
 
@@ -93,8 +95,9 @@ def test_one_target_at_a_time_is_the_least(studio, calls, short_of_memory):
 def test_memory_that_runs_out_in_mid_run_splits_the_rest_of_it(studio, calls, out_of_memory, rows):
     edit = studio.edit("a cat riding a bicycle", *TARGETS)
     whole = studio.paired(edit, PART)
-    out_of_memory(rows)
+    refused = out_of_memory(rows)
     parts = studio.paired(edit, PART)
+    assert refused == [8]  # once, not at every step
     assert_close(parts[0], whole[0])
     assert_close(parts[1], whole[1])
 
@@ -131,7 +134,7 @@ def test_a_controlnets_residuals_are_split_with_the_rows(studio, out_of_memory):
         """As a ControlNet: a residual of its own for each row."""
 
         def get_control(self, x, *_):
-            rows = torch.arange(x.shape[0], dtype=torch.float32)[:, None, None, None] / x.shape[0]
+            rows = torch.arange(x.shape[0], dtype=torch.float32)[:, None, None, None]
             return {"output": [], "middle": [rows.expand(-1, 128, *(side // 2 for side in x.shape[2:]))]}
 
     edit = studio.edit("a cat riding a bicycle", *TARGETS)
@@ -145,6 +148,6 @@ def test_a_controlnets_residuals_are_split_with_the_rows(studio, out_of_memory):
 
     whole = sample()
     plain = torch.cat(studio.paired(edit, PART, latent=picture()))
-    assert difference(whole, plain) > 1e-3
+    assert difference(whole, plain) > 0.1
     out_of_memory(4)
     assert_close(sample(), whole)

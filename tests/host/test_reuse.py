@@ -1,0 +1,325 @@
+"""A source run that is kept: the next edit leaves the source out of the model and comes out the same."""
+
+from __future__ import annotations
+
+import gc
+
+import comfy.model_management
+import pytest
+import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from p2p.attention.blend import read_blend
+from p2p.attention.schedule import TauSchedule, Window
+from p2p.demo.loader import load_demo_model
+from p2p.nodes import AttentionController, PairedLatent, PairedSampler
+from p2p.sampling.reuse import CACHE, GIGABYTE
+from p2p.tests.host.beside.models import ImagePrompt
+from p2p.tests.host.runs import (
+    FULL,
+    HOST_WARNINGS,
+    PART,
+    STOCK,
+    WAYS,
+    Settings,
+    assert_close,
+    difference,
+    empty,
+    picture,
+)
+
+SOURCE = "a cat riding a bicycle"
+FIRST, SECOND = "a dog riding a bicycle", "a cat riding a red car at night"
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept():
+    CACHE.clear()
+    yield
+    CACHE.clear()
+
+
+@pytest.fixture
+def rows(monkeypatch):
+    """Rows of every forward of the U-Net."""
+    counted: list[int] = []
+    forward = UNetModel._forward
+
+    def counting(self, x, *args, **kwargs):
+        counted.append(x.shape[0])
+        return forward(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(UNetModel, "_forward", counting)
+    return counted
+
+
+def sample(studio, edit, tau=PART, settings=None, latent=None, way="P2PSampler", reuse=1.0, **given):
+    """A paired run: (sources, targets). reuse: GB."""
+    s, latent = settings or Settings(), latent or empty()
+    model, negative = given.pop("model", studio.model), given.pop("negative", studio.negative)
+    if way == "P2PSampler":
+        arguments = (latent, s.seed, s.steps, s.cfg, s.sampler, s.scheduler, s.denoise)
+        output = PairedSampler.execute(model, edit, tau, negative, *arguments, reuse_gb=reuse, **given).args
+        return output[0]["samples"], output[1]["samples"]
+    controlled, positive = AttentionController.execute(model, edit, tau, reuse_gb=reuse, **given).args[:2]
+    paired = PairedLatent.execute(latent, edit).args[0]
+    return studio.split(edit, STOCK[way](controlled, positive, negative, paired, s))
+
+
+def check(found, expected):
+    """The source bit for bit, the targets as close as a batch of other rows comes."""
+    assert torch.equal(found[0], expected[0])
+    assert_close(found[1], expected[1])
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("pairs", [1, 2])
+def test_a_further_edit_runs_the_targets_alone_with_the_same_result(studio, rows, way, pairs):
+    latent = empty(pairs)
+    first = sample(studio, studio.edit(SOURCE, FIRST), latent=latent, way=way)
+    assert set(rows) == {4 * pairs}
+    check(first, sample(studio, studio.edit(SOURCE, FIRST), latent=latent, way=way, reuse=0.0))
+    rows.clear()
+    edit = studio.edit(SOURCE, SECOND).reweighted("red", 1.7)
+    second = sample(studio, edit, latent=latent, way=way)
+    assert set(rows) == {2 * pairs}
+    check(second, sample(studio, edit, latent=latent, way=way, reuse=0.0))
+
+
+SAMPLERS = ["heun", "euler_ancestral", "dpmpp_2m_sde", "uni_pc"]
+
+
+@pytest.mark.parametrize("sampler", [pytest.param(name, marks=HOST_WARNINGS) for name in SAMPLERS])
+def test_samplers_of_every_kind_reuse(studio, rows, sampler):
+    settings = Settings(sampler=sampler)
+    sample(studio, studio.edit(SOURCE, FIRST), settings=settings)
+    rows.clear()
+    edit = studio.edit(SOURCE, SECOND)
+    found = sample(studio, edit, settings=settings)
+    assert set(rows) == {2}
+    check(found, sample(studio, edit, settings=settings, reuse=0.0))
+
+
+@pytest.mark.parametrize("targets", [(FIRST, SECOND), (SECOND, FIRST, "a castle")])
+def test_the_number_of_targets_may_change(studio, rows, targets):
+    sample(studio, studio.edit(SOURCE, FIRST))
+    rows.clear()
+    edit = studio.edit(SOURCE, *targets)
+    found = sample(studio, edit)
+    assert set(rows) == {2 * len(targets)}
+    check(found, sample(studio, edit, reuse=0.0))
+
+
+def test_a_longer_tau_runs_what_is_missing_and_keeps_that_too(studio, rows):
+    short = TauSchedule(Window(0, 0.5), Window(0, 0.25), self_resolution=1.0)
+    sample(studio, studio.edit(SOURCE, FIRST), short)
+    rows.clear()
+    edit = studio.edit(SOURCE, SECOND)
+    found = sample(studio, edit, FULL)
+    assert rows == [2, 4, 4, 4]  # self-attention of step 1 and everything from step 2 on was not kept
+    check(found, sample(studio, edit, FULL, reuse=0.0))
+    for tau in (short, FULL):
+        rows.clear()
+        found = sample(studio, studio.edit(SOURCE, FIRST), tau)
+        assert rows == [2, 2, 2, 2]
+        check(found, sample(studio, studio.edit(SOURCE, FIRST), tau, reuse=0.0))
+
+
+def other_seed(studio):
+    return {"settings": Settings(seed=6)}
+
+
+def other_steps(studio):
+    return {"settings": Settings(steps=5)}
+
+
+def other_guidance(studio):
+    return {"settings": Settings(cfg=7.0)}
+
+
+def other_sampler(studio):
+    return {"settings": Settings(sampler="dpmpp_2m")}
+
+
+def other_latent(studio):
+    return {"latent": picture(), "settings": Settings(denoise=0.6)}
+
+
+def other_mask(studio):
+    return {"latent": {**empty(), "noise_mask": torch.ones(1, 8, 8) * 0.5}}
+
+
+def other_negative(studio):
+    return {"negative": studio.encode("a castle")}
+
+
+def other_weights(studio):
+    model = studio.model.clone()
+    key = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_q.weight"
+    weight = model.model_state_dict()[key]
+    model.add_patches({key: ("diff", (torch.full_like(weight, 0.02),))}, 1.0)
+    return {"model": model}
+
+
+def other_patch(studio):
+    model = studio.model.clone()
+    model.set_model_output_block_patch(lambda h, hsp, options: (h * 1.05, hsp))
+    return {"model": model}
+
+
+def other_prediction(studio):
+    model = studio.model.clone()
+    model.set_model_sampler_cfg_function(lambda args: args["cond"] * 1.1)
+    return {"model": model}
+
+
+OTHERS = [
+    other_seed,
+    other_steps,
+    other_guidance,
+    other_sampler,
+    other_latent,
+    other_mask,
+    other_negative,
+    other_weights,
+    other_patch,
+    other_prediction,
+]
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=lambda other: other.__name__)
+def test_a_run_that_differs_in_anything_is_not_answered_with_the_kept_one(studio, other):
+    edit = studio.edit(SOURCE, SECOND)
+    kept = sample(studio, studio.edit(SOURCE, FIRST))
+    found = sample(studio, edit, **other(studio))
+    check(found, sample(studio, edit, **other(studio), reuse=0.0))
+    if found[0].shape == kept[0].shape:
+        assert difference(found[0], kept[0]) > 1e-3
+
+
+def test_another_source_prompt_is_another_run(studio, rows):
+    sample(studio, studio.edit(SOURCE, FIRST))
+    rows.clear()
+    edit = studio.edit("a cat riding a boat", FIRST)
+    check(sample(studio, edit), sample(studio, edit, reuse=0.0))
+    assert set(rows) == {4}
+
+
+def test_two_sources_are_kept_side_by_side(studio, rows):
+    for seed in (1, 2):
+        sample(studio, studio.edit(SOURCE, FIRST), settings=Settings(seed=seed))
+    rows.clear()
+    for seed in (1, 2):
+        sample(studio, studio.edit(SOURCE, SECOND), settings=Settings(seed=seed))
+    assert set(rows) == {2}
+
+
+def test_memory_stays_within_its_limit_and_the_older_run_goes_first(studio, rows):
+    sample(studio, studio.edit(SOURCE, FIRST), FULL)
+    whole = CACHE.nbytes
+    assert whole == sum(
+        x.nbytes
+        for run in CACHE.runs
+        for forward in run.forwards.values()
+        for x in (forward.x, forward.out, *(x for pair in forward.attention.values() for x in pair))
+    )
+    for share in (0.0001, 0.4, 1.0, 1.5):
+        CACHE.clear()
+        limit = whole * share / GIGABYTE
+        for seed in (1, 2):
+            for target in (FIRST, SECOND):
+                edit, settings = studio.edit(SOURCE, target), Settings(seed=seed)
+                rows.clear()
+                found = sample(studio, edit, FULL, settings, reuse=limit)
+                assert CACHE.nbytes <= limit * GIGABYTE
+                check(found, sample(studio, edit, FULL, settings, reuse=0.0))
+        assert share < 1 or rows[:4] == [2, 2, 2, 2]
+
+
+def test_nothing_is_kept_unless_it_was_asked_for(studio):
+    sample(studio, studio.edit(SOURCE, FIRST), reuse=0.0)
+    assert CACHE.runs == []
+
+
+def test_a_model_that_is_gone_takes_its_runs_along(studio):
+    model = load_demo_model()[0]
+    sample(studio, studio.edit(SOURCE, FIRST), model=model)
+    assert len(CACHE.runs) == 1
+    comfy.model_management.unload_all_models()
+    del model
+    gc.collect()
+    comfy.model_management.cleanup_models_gc()
+    gc.collect()
+    assert CACHE.runs == []
+
+
+@pytest.mark.parametrize(
+    ("blend", "alone"),
+    [
+        (read_blend("", "", "", 0.3, 0.2, 0.0, torch.eye(8)[None]), True),
+        (read_blend("a", "", "", 0.5, 0.2), False),
+    ],
+)
+def test_local_blend_is_right_with_a_kept_source(studio, rows, blend, alone):
+    sample(studio, studio.edit(SOURCE, FIRST), blend=blend)
+    rows.clear()
+    edit = studio.edit(SOURCE, SECOND)
+    found = sample(studio, edit, blend=blend)
+    assert set(rows) == {2 if alone else 4}  # words' maps need the source's own
+    check(found, sample(studio, edit, blend=blend, reuse=0.0))
+
+
+def test_mutual_self_attention_runs_the_source(studio):
+    tau = TauSchedule(Window(0, 0.5), Window(0.25, 1), self_mode="mutual")
+    sample(studio, studio.edit(SOURCE, FIRST), tau)
+    edit = studio.edit(SOURCE, SECOND)
+    check(sample(studio, edit, tau), sample(studio, edit, tau, reuse=0.0))
+
+
+@pytest.mark.parametrize("way", ["KSampler", "P2PSampler"])
+def test_a_replacer_on_the_layers_sees_the_targets_alone_and_the_result_is_the_same(studio, rows, way):
+    model = studio.model.clone()
+    for name, number in ImagePrompt.BLOCKS:
+        model.set_model_attn2_replace(ImagePrompt(), name, number)
+    sample(studio, studio.edit(SOURCE, FIRST), model=model, way=way)
+    rows.clear()
+    edit = studio.edit(SOURCE, SECOND)
+    found = sample(studio, edit, model=model, way=way)
+    assert set(rows) == {2}
+    check(found, sample(studio, edit, model=model, way=way, reuse=0.0))
+
+
+def test_an_interrupted_run_leaves_what_it_finished_and_nothing_half(studio, rows):
+    class Stop(Exception):
+        pass
+
+    def stopping(h, hsp, options):
+        if stop and len(rows) == 3:
+            raise Stop
+        return h, hsp
+
+    stop = [True]
+    model = studio.model.clone()
+    model.set_model_output_block_patch(stopping)
+    with pytest.raises(Stop):
+        sample(studio, studio.edit(SOURCE, FIRST), model=model)
+    stop.clear()
+    rows.clear()
+    edit = studio.edit(SOURCE, SECOND)
+    found = sample(studio, edit, model=model)
+    assert rows == [2, 2, 4, 4]
+    check(found, sample(studio, edit, model=model, reuse=0.0))
+
+
+def test_targets_in_groups_reuse_too(studio, rows, monkeypatch):
+    edit = studio.edit(SOURCE, FIRST, SECOND, "a castle")
+    expected = sample(studio, edit, reuse=0.0)
+    monkeypatch.setattr(
+        "comfy.model_base.BaseModel.memory_required",
+        lambda self, shape, **_: 1e18 if shape[0] > 3 else 1.0,
+    )
+    sample(studio, studio.edit(SOURCE, FIRST))
+    rows.clear()
+    found = sample(studio, edit)
+    assert set(rows) == {2, 1}  # cond and uncond apart: two targets, and one
+    for rows_found, rows_expected in zip(found, expected, strict=True):
+        assert_close(rows_found, rows_expected)
