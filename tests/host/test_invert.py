@@ -266,10 +266,15 @@ def test_runs_leave_the_trajectory_as_it_was(studio, trajectory):
     assert all(latent.device.type == "cpu" for latent in trajectory.latents)
 
 
-def test_the_trajectory_has_the_latents_dtype(studio):
+def test_the_trajectory_has_the_latents_dtype_and_is_computed_in_full_precision(studio):
     latent = {"samples": picture()["samples"].half()}
-    found, _ = invert(studio.model, studio.encode(SOURCE), latent, 2, "normal")
-    assert {entry.dtype for entry in found.latents} == {torch.float16}
+    found, noise = invert(studio.model, studio.encode(SOURCE), latent, 2, "normal")
+    full, expected = invert(
+        studio.model, studio.encode(SOURCE), {"samples": latent["samples"].float()}, 2, "normal"
+    )
+    assert torch.equal(noise["samples"], expected["samples"])
+    for one, other in zip(found.latents, full.latents, strict=True):
+        assert one.dtype == torch.float16 and torch.equal(one, other.half())
 
 
 # Negative-prompt inversion
