@@ -248,3 +248,11 @@ class TestNode:
         )
         assert AttentionMaps.validate_inputs(layers="tenth") is not True
         assert AttentionMaps.validate_inputs(layers="half", start=0.0, end=1.0) is True
+
+
+@pytest.mark.parametrize(
+    ("factors", "expected"),
+    [([1, 2], 2), ([1, 2, 4, 8], 4), ([2, 4], 4), ([8, 16], 8), ([1], 1), ([2, 8], 2)],
+)
+def test_the_layers_nearest_a_quarter_of_the_latents_sides_are_read(factors, expected):
+    assert sampling_maps.nearest(factors) == expected
