@@ -90,6 +90,9 @@ def _split(
             name: value.index_select(0, rows) if _is_batch(value, x) else value
             for name, value in options.items()
         }
+        if "middle_patch" in own.get("patches", {}):
+            patches = [_of_whole_batch(patch, rows, x.shape[0]) for patch in own["patches"]["middle_patch"]]
+            own["patches"] = {**own["patches"], "middle_patch": patches}
         out = forward(part, x.index_select(0, rows), _taken(args, x, rows), own, _taken(kwargs, x, rows))
         if result is None:
             result = out.new_empty((x.shape[0], *out.shape[1:]))
@@ -112,6 +115,16 @@ def _rows(run: Run, x: Tensor, part: Part) -> Tensor:
 
 def _without_sources(value: Tensor, targets: int) -> Tensor:
     return value.unflatten(0, (-1, 1 + targets))[:, 1:].flatten(0, 1)
+
+
+def _of_whole_batch(patch: Callable, rows: Tensor, batch: int) -> Callable:
+    """A patch of features whose own tensors have a row for each of the batch's (GLIGEN's), in some rows only."""
+
+    def of_part(x: Tensor, extra_options: dict) -> Tensor:
+        whole = x.new_zeros((batch, *x.shape[1:])).index_copy_(0, rows, x)
+        return patch(whole, extra_options).index_select(0, rows)
+
+    return of_part
 
 
 def _is_batch(value: Any, x: Tensor) -> bool:

@@ -105,6 +105,18 @@ def test_low_memory_gives_the_same_pair(studio, monkeypatch):
         assert_close(found, one)
 
 
+def test_a_batch_in_parts_runs_with_patches_made_for_the_whole_batch(studio, monkeypatch):
+    """GLIGEN's patch holds boxes for every row of the batch; parts of it come where memory is short."""
+    edit = studio.edit(SOURCE, TARGET, "a castle on a red car", "a dog")
+    controlled, positive = AttentionController.execute(studio.model, edit, PART).args[:2]
+    positive, rows = graphs.boxes(studio, positive), studio.rows(edit, empty(2))
+    expected = ksampler(controlled, positive, studio.negative, rows, SHORT)
+    monkeypatch.setattr(
+        "comfy.model_base.BaseModel.memory_required", lambda self, shape, **_: 1e18 * (shape[0] > 4)
+    )
+    assert_close(ksampler(controlled, positive, studio.negative, rows, SHORT), expected)
+
+
 @works("Runs", "Interrupt in mid-run", holds=ALL_LAWS, note="The next run is as if nothing had happened.")
 @pytest.mark.parametrize("way", ["KSampler", "P2PSampler"])
 def test_an_interrupted_run_can_be_repeated(studio, way):
