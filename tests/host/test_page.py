@@ -81,7 +81,7 @@ def test_the_pictures_ask_for_texts_that_there_are():
     asked = set(re.findall(r'\btext\("([\w.]+)"', scripts))
     assert asked <= known.keys()
     composed = {f"{side}.{kind}" for side in ("source", "target") for kind in ("shared", "swapped")}
-    composed |= {"source.removed", "target.new", "source", "target", "token", "tokens"}
+    composed |= {"source.removed", "target.new", "source", "target", "token", "tokens", "self", "mutual"}
     composed |= {f"{window}.{edge}" for window in ("cross", "self", "word") for edge in ("start", "end")}
     assert asked | composed == known.keys()
 

@@ -27,6 +27,7 @@ function wordWindows(words) {
 function read(node) {
   const values = Object.fromEntries(FRACTIONS.map((name) => [name, Number(widget(node, name)?.value)]));
   values.words = String(widget(node, "words")?.value ?? "");
+  values.self_mode = widget(node, "self_mode")?.value;
   values.linked = [...FRACTIONS, "words"].filter((name) => isLinked(node, name));
   return values;
 }
@@ -35,7 +36,7 @@ function read(node) {
 function windows(values) {
   return [
     { kind: "cross", name: text("cross"), start: values.cross_start, end: values.cross_end },
-    { kind: "self", name: text("self"), start: values.self_start, end: values.self_end },
+    { kind: "self", name: text(values.self_mode === "mutual" ? "mutual" : "self"), start: values.self_start, end: values.self_end },
     ...wordWindows(values.words),
   ];
 }
