@@ -52,7 +52,7 @@ class Clip:
 def inversions(tmp_path_factory):
     """A folder of textual inversions: of one vector, of three, of twelve, and one for SDXL's two encoders."""
     folder = tmp_path_factory.mktemp("embeddings")
-    for name, vectors in (("one", 1), ("three", 3), ("Twelve", 12)):
+    for name, vectors in (("one", 1), ("three", 3), ("Twelve", 12), ("round(1)", 2)):
         torch.save({"emb_params": torch.randn(vectors, 768)}, folder / f"{name}.pt")
     torch.save({"emb_params": torch.randn(2, 768)}, folder / "caf\u00e9.bin")
     torch.save({"emb_params": torch.randn(2, 1024)}, folder / "other.pt")
@@ -290,6 +290,7 @@ def clip_with(folder, kind=comfy.sd1_clip.SD1Tokenizer):
         ("embedding:three.pt, embedding:one,, a", ["embedding:three.pt", ",", "embedding:one", ",,", "a"]),
         ("a\nembedding:caf\u00e9 hat", ["a", "embedding:caf\u00e9", "hat"]),
         ("a,embedding:one", ["a", ",", "embedding", ":", "one"]),
+        (r"(embedding:round\(1\), hat:1.2)", ["embedding:round(1)", ",", "hat"]),
         (r"\(embedding:one\)", ["(", "embedding", ":", "one", ")"]),
         ("embedding:lost, embedding:one", [",", "embedding:one"]),
         ("embedding:one embedding:lost embedding:three", ["embedding:one", "embedding:three"]),
@@ -341,6 +342,11 @@ def test_a_textual_inversion_without_a_file_is_named_in_the_alignment(inversions
     assert "! embedding:lost (no such file, left out)" in align(left, right, "auto").describe(left, right)
     with pytest.raises(ValueError, match="no word"):
         read(clip, "embedding:lost", "target")
+
+
+def test_without_a_folder_of_textual_inversions_their_names_are_text():
+    prompt = read(SD1, "a embedding:one cat", "source")
+    assert words_of(prompt) == ["a", "embedding", ":", "one", "cat"] and prompt.missing == ()
 
 
 def test_a_textual_inversion_without_a_name_is_refused(inversions):
