@@ -4,7 +4,7 @@ VENV := .venv/bin
 PORT ?= 8188
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo serve test lint format host-path bench bench-inversion train-demo workflows thumbnails node-pictures icon clean
+.PHONY: help env demo serve test lint format host-path bench bench-inversion bench-quality bench-soak bench-speed train-demo workflows thumbnails node-pictures icon clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -33,8 +33,17 @@ format: env  ## let ruff sort imports and fix what it can
 host-path:  ## print the ComfyUI folder in use
 	@$(PYTHON) tools/env.py --host-path
 
-bench: env  ## time plain attention against edited attention
-	@$(VENV)/python benchmarks/attention.py
+bench: env  ## what an edit costs on the bundled model, in a minute
+	@$(VENV)/python benchmarks/speed.py $(ARGS)
+
+bench-speed: env  ## cost at the widths of SD1.5 and SDXL, for docs/benchmarks.md (an hour on a CPU)
+	@$(VENV)/python benchmarks/speed.py --page $(ARGS)
+
+bench-quality: env  ## edit success against what stays, for docs/benchmarks.md (half an hour; resumes)
+	@$(VENV)/python benchmarks/quality.py $(ARGS)
+
+bench-soak: env  ## hundreds of prompts on a real server, for docs/benchmarks.md (ARGS="--prompts 30": fewer)
+	@$(VENV)/python benchmarks/soak.py $(ARGS)
 
 bench-inversion: env  ## edit pictures by every method and inversion; figures into docs/inversion.* (minutes)
 	@$(VENV)/python benchmarks/inversion.py $(ARGS)

@@ -22,12 +22,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from measure import psnr, ssim, write_section
 from pack import ROOT, load_pack
 
 OUT, DOCS = ROOT / "output" / "inversion", ROOT / "docs"
@@ -141,20 +141,6 @@ class Bench:
             tau = mutual if method == "MasaCtrl" else TauSchedule()
             model, positive = control(self.model, edit, tau, trajectory=trajectory)
         return self.sample(model, positive, noise["samples"].repeat(2, 1, 1, 1))
-
-
-def psnr(a: Any, b: Any, where: Any) -> float:
-    """Over the pixels (height, width) that `where` marks, pictures (height, width, 3) in 0..1, dB."""
-    import torch
-
-    return float(-10 * torch.log10(((a - b) ** 2)[where].mean() + 1e-10))
-
-
-def ssim(a: Any, b: Any, where: Any) -> float:
-    from kornia.metrics import ssim as ssim_map
-
-    maps = ssim_map(a.permute(2, 0, 1)[None], b.permute(2, 0, 1)[None], 11)[0]
-    return float(maps.permute(1, 2, 0)[where].mean())
 
 
 def background(case: Case) -> Any:
@@ -343,10 +329,7 @@ def main() -> None:
     plot(means, options.out / "inversion.png")
     examples(figures, options.out / "inversion.jpg")
     text = table(means, options.scenes)
-    page = options.out / "inversion.md"
-    if page.exists():
-        marks = r"(?s)(<!-- figures -->\n).*?(\n<!-- end of figures -->)"
-        page.write_text(re.sub(marks, lambda found: found[1] + text + found[2], page.read_text()))
+    write_section(options.out / "inversion.md", "figures", text)
     print(text)
 
 

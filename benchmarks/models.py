@@ -1,0 +1,107 @@
+"""U-Nets of ComfyUI's own classes at their real widths, with random weights: for time and memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Model:
+    """patcher: a ComfyUI MODEL. width: of its text tokens. pooled: of the pooled text that it takes, or 0."""
+
+    patcher: Any
+    width: int
+    pooled: int
+
+    def conditioning(self, conditioning: list) -> list:
+        """A CONDITIONING of the same rows and tokens with random values of this model's width."""
+        import torch
+
+        def options(rows: int) -> dict[str, Any]:
+            return {"pooled_output": torch.randn(rows, self.pooled) if self.pooled else None}
+
+        return [
+            [torch.randn(*cond.shape[:2], self.width), options(cond.shape[0])] for cond, _ in conditioning
+        ]
+
+    def edit(self, edit: Any) -> Any:
+        """The edit with such conditionings."""
+        source, *targets = (
+            replace(branch, conditioning=self.conditioning(branch.conditioning))
+            for branch in (edit.source, *edit.targets)
+        )
+        return replace(edit, source=source, targets=tuple(targets))
+
+
+SD15: dict[str, Any] = {
+    "num_res_blocks": [2, 2, 2, 2],
+    "channel_mult": [1, 2, 4, 4],
+    "num_heads": 8,
+    "num_head_channels": -1,
+    "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+    "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+    "transformer_depth_middle": 1,
+    "context_dim": 768,
+    "use_linear_in_transformer": False,
+    "adm_in_channels": None,
+}
+SDXL: dict[str, Any] = {
+    "num_res_blocks": [2, 2, 2],
+    "channel_mult": [1, 2, 4],
+    "num_heads": -1,
+    "num_head_channels": 64,
+    "transformer_depth": [0, 0, 2, 2, 10, 10],
+    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+    "transformer_depth_middle": 10,
+    "context_dim": 2048,
+    "use_linear_in_transformer": True,
+    "adm_in_channels": 2816,
+    "num_classes": "sequential",
+}
+COMMON: dict[str, Any] = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 320,
+    "use_spatial_transformer": True,
+    "legacy": False,
+    "use_temporal_attention": False,
+}
+
+
+def random_model(name: str) -> Model:
+    """SD1.5 or SDXL: in float16 on a GPU, in bfloat16 on a processor that multiplies it, else in float32."""
+    import comfy.model_management
+    import comfy.model_patcher
+    import comfy.supported_models
+    import torch
+
+    layout, kind = {
+        "SD1.5": (SD15, comfy.supported_models.SD15),
+        "SDXL": (SDXL, comfy.supported_models.SDXL),
+    }[name]
+    config = kind({**COMMON, **layout})
+    device = comfy.model_management.get_torch_device()
+    config.set_inference_dtype(dtype_of(device), None)
+    model = config.get_model({}, "", device=device)
+    for parameter in model.diffusion_model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    patcher = comfy.model_patcher.ModelPatcher(model, device, comfy.model_management.unet_offload_device())
+    return Model(patcher, layout["context_dim"], 1280 if layout["adm_in_channels"] else 0)
+
+
+def dtype_of(device: Any) -> Any:
+    import torch
+
+    if device.type != "cpu":
+        return torch.float16
+    return torch.bfloat16 if has_bfloat16() else torch.float32
+
+
+def has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 itself."""
+    from pathlib import Path
+
+    info = Path("/proc/cpuinfo")
+    return info.exists() and "bf16" in info.read_text()

@@ -1,0 +1,363 @@
+"""What does an edit cost?  Ratios of time and memory to the host sampling the same rows as one plain batch.
+
+python benchmarks/speed.py                        the bundled model, a minute: a table, no page
+python benchmarks/speed.py --page [--only NAME]   real widths, random weights: docs/benchmarks.md
+
+The variants of a table alternate in one process; ratios are taken within a round and the table has their
+median and range. Time is per sampling step with guidance, of a step in which everything is injected: of the
+process itself on a CPU, so that other programs count for little, of the clock on a GPU. Memory is the largest
+sum of tensors that live during a step, the model's weights included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from measure import machine, write_section
+from models import Model, random_model
+from pack import ROOT, load_pack
+
+PAGE = ROOT / "docs" / "benchmarks.md"
+SOURCE, SWAP = "a cat riding a bicycle", "a cat riding a car"
+REFINED = "a watercolor of a cat riding a red bicycle"
+STEPS = 3
+"""Of a timed run; its first step, which makes what a run needs, is not counted."""
+PLAIN, MATERIALISED = "plain batch", "materialised swap"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """model and positive: what the host's sampler is given. rows: of the latent."""
+
+    model: Any
+    positive: list
+    rows: int
+
+
+class Bench:
+    """A model, and the prompts' edits for it."""
+
+    def __init__(self, model: Model, clip: Any):
+        self.model, self.clip = model, clip
+
+    def edit(self, source: str, *targets: str) -> Any:
+        from p2p.sampling.encode import add_target, start_edit
+
+        first, *others = targets
+        edit = start_edit(self.clip, source, first, "auto")
+        for target in others:
+            edit = add_target(self.clip, edit, target, "auto")
+        return self.model.edit(edit)
+
+    def plain(self, edit: Any) -> Variant:
+        """The host alone, with one prompt for each row."""
+        from p2p.sampling.pairing import paired_conditioning
+
+        return Variant(self.model.patcher, paired_conditioning(edit, "plain"), edit.branches)
+
+    def ours(self, edit: Any, tau: Any, blend: Any = None, maps: bool = False) -> Variant:
+        from p2p.sampling.controller import control
+        from p2p.sampling.maps import MapsHandle
+
+        model, positive = control(self.model.patcher, edit, tau, blend, maps=MapsHandle(wanted=maps))
+        return Variant(model, positive, edit.branches)
+
+    def built(self, edit: Any, tau: Any) -> Variant:
+        """The edit with materialised maps."""
+        from materialised import materialised
+
+        model, positive = materialised(self.model.patcher, edit, tau)
+        return Variant(model, positive, edit.branches)
+
+    def variants(self) -> dict[str, Variant]:
+        """Every kind of edit with one target."""
+        from p2p.attention.blend import LocalBlend
+        from p2p.attention.schedule import parse_word_windows
+
+        swap, refine = self.edit(SOURCE, SWAP), self.edit(SOURCE, REFINED)
+        cross, both = schedule(1.0, 0.0), schedule(1.0, 1.0)
+        per_word = replace(cross, words=parse_word_windows("bicycle: 0"))
+        return {
+            PLAIN: self.plain(swap),
+            "swap": self.ours(swap, cross),
+            "swap, self-attention": self.ours(swap, both),
+            "refine": self.ours(refine, cross),
+            "refine, tau per word": self.ours(refine, per_word),
+            "re-weight": self.ours(swap.reweighted("cat", 2.0), cross),
+            "swap, local blend": self.ours(swap, cross, LocalBlend(words=("car",), start=0.0)),
+            "swap, maps": self.ours(swap, cross, maps=True),
+            MATERIALISED: self.built(swap, cross),
+        }
+
+    def step(self, variant: Variant, size: int, finished: Callable[[], None] = lambda: None) -> None:
+        """A run of STEPS steps at `size` px; `finished` is called after each."""
+        import comfy.sample
+        import torch
+
+        latent = torch.zeros(variant.rows, 4, size // 8, size // 8)
+        pooled = torch.zeros(1, self.model.pooled) if self.model.pooled else None
+        negative = [[torch.zeros(1, 77, self.model.width), {"pooled_output": pooled}]]
+        comfy.sample.sample(
+            variant.model,
+            comfy.sample.prepare_noise(latent, 0, [0] * variant.rows),
+            STEPS,
+            7.0,
+            "euler",
+            "normal",
+            variant.positive,
+            negative,
+            latent,
+            callback=lambda *_: finished(),
+            disable_pbar=True,
+        )
+
+    def seconds(self, variant: Variant, size: int) -> float:
+        """Of a step, the mean of a run's steps but the first."""
+        times: list[float] = []
+        self.step(variant, size, lambda: times.append(now()))
+        return (times[-1] - times[0]) / (len(times) - 1)
+
+    def memory(self, variant: Variant, size: int) -> float:
+        """Bytes of tensors at the peak of a run, the model's weights included."""
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            self.step(variant, size)
+            return torch.cuda.max_memory_allocated()
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as profile:
+            self.step(variant, size)
+        with tempfile.TemporaryDirectory() as folder:
+            profile.export_chrome_trace(str(trace := Path(folder) / "trace.json"))
+            events = json.loads(trace.read_text())["traceEvents"]
+        totals = [e["args"]["Total Allocated"] for e in events if e.get("name") == "[memory]"]
+        weights = sum(p.nbytes for p in self.model.patcher.model.diffusion_model.parameters())
+        return weights + max(totals) - min(totals[0], 0)
+
+    def calls(self, variant: Variant, size: int) -> dict[str, float]:
+        """Attention calls of a step, and rows in them, by the host's own hook around attention."""
+        counted = {"calls": 0, "rows": 0}
+
+        def count(attention: Callable, q: Any, *args: Any, **kwargs: Any) -> Any:
+            counted["calls"] += 1
+            counted["rows"] += q.shape[0]
+            return attention(q, *args, **kwargs)
+
+        model = variant.model.clone()
+        options = model.model_options.setdefault("transformer_options", {})
+        options["optimized_attention_override"] = count
+        self.step(replace(variant, model=model), size)
+        return {name: number / STEPS for name, number in counted.items()}
+
+
+def schedule(cross: float, self_: float) -> Any:
+    from p2p.attention.schedule import TauSchedule, Window
+
+    return TauSchedule(Window(0.0, cross), Window(0.0, self_))
+
+
+def now() -> float:
+    import torch
+
+    if not torch.cuda.is_available():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@dataclass(frozen=True)
+class Result:
+    """seconds: of a plain step. ratios: of each round to the plain batch. memory: ratio, or None."""
+
+    seconds: float
+    ratios: list[float]
+    memory: float | None = None
+    calls: float | None = None
+    rows: float | None = None
+
+    @property
+    def ratio(self) -> float:
+        return statistics.median(self.ratios)
+
+    @property
+    def spread(self) -> str:
+        return f"{min(self.ratios):.2f} to {max(self.ratios):.2f}"
+
+
+def compare(
+    bench: Bench, variants: dict[str, Variant], size: int, rounds: int, details: bool = False
+) -> dict[str, Result]:
+    """Alternating runs of all variants; the first of them is what the others are divided by."""
+    base = next(iter(variants))
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for name in variants:  # warms up
+        bench.step(variants[name], size)
+    for turn in range(rounds):
+        order = list(variants) if turn % 2 == 0 else list(reversed(variants))
+        for name in order:
+            seconds[name].append(bench.seconds(variants[name], size))
+            print(f"  {size} px, round {turn + 1}, {name}: {seconds[name][-1]:.3f} s", flush=True)
+    memory = {name: bench.memory(variants[name], size) for name in variants} if details else {}
+    calls = {name: bench.calls(variants[name], size) for name in variants} if details else {}
+    return {
+        name: Result(
+            statistics.median(seconds[name]),
+            [a / b for a, b in zip(seconds[name], seconds[base], strict=True)],
+            memory[name] / memory[base] if memory else None,
+            **calls.get(name, {}),
+        )
+        for name in variants
+    }
+
+
+def table(results: dict[str, Result]) -> list[str]:
+    lines = [
+        "| | s per step | time | range | memory | attention calls per step | rows in them |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, one in results.items():
+        memory = "" if one.memory is None else f"{one.memory:.3f}"
+        calls = "" if one.calls is None else f"{one.calls:.0f}"
+        rows = "" if one.rows is None else f"{one.rows:.0f}"
+        lines.append(
+            f"| {name} | {one.seconds:.3f} | {one.ratio:.3f} | {one.spread} | {memory} | {calls} | {rows} |"
+        )
+    return lines
+
+
+def goals(results: dict[str, Result]) -> list[str]:
+    """The goals, with what was measured."""
+    asked = [("swap", "time", 1.03), ("swap", "memory", 1.02), ("refine", "time", 1.06)]
+    lines = ["", "Goals:", ""]
+    for name, what, limit in asked:
+        found = results[name].ratio if what == "time" else results[name].memory
+        assert found is not None
+        lines.append(
+            f"- {name}, {what}: {found:.3f} of the plain batch (goal: {limit} or less, "
+            f"{'met' if found <= limit else 'not met'})."
+        )
+    return lines
+
+
+def edits_table(bench: Bench, title: str, size: int, rounds: int) -> str:
+    """Every kind of edit, with memory and calls."""
+    results = compare(bench, bench.variants(), size, rounds, details=True)
+    heading = f"**{title}, {size} px, one target, {STEPS - 1} x {rounds} timed steps**"
+    return "\n".join([heading, "", *table(results), *goals(results)])
+
+
+def targets_table(bench: Bench, title: str, size: int, rounds: int) -> str:
+    """Swaps of 1 to 8 targets, each against the plain batch of as many rows."""
+    lines = [
+        f"**{title}, {size} px, targets**",
+        "",
+        "| targets | swap, time | range | refine, time | range |",
+    ]
+    lines.append("|---|---|---|---|---|")
+    for count in (1, 2, 4, 8):
+        swap, refine = (bench.edit(SOURCE, *[text] * count) for text in (SWAP, REFINED))
+        variants = {
+            PLAIN: bench.plain(swap),
+            "swap": bench.ours(swap, schedule(1.0, 0.0)),
+            "refine": bench.ours(refine, schedule(1.0, 0.0)),
+        }
+        found = compare(bench, variants, size, rounds)
+        cells = [f"{found[name].ratio:.3f} | {found[name].spread}" for name in ("swap", "refine")]
+        lines.append(f"| {count} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def curves(bench: Bench, rounds: int, path: Path) -> str:
+    """Cost against pixels and against tokens, of swap, refine and the materialised swap."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    def at(size: int, words: int) -> dict[str, Result]:
+        more = " and a tree" * words
+        swap, refine = (bench.edit(SOURCE + more, text + more) for text in (SWAP, REFINED))
+        tau = schedule(1.0, 0.0)
+        variants = {
+            PLAIN: bench.plain(swap),
+            "swap": bench.ours(swap, tau),
+            "refine": bench.ours(refine, tau),
+            MATERIALISED: bench.built(swap, tau),
+        }
+        return compare(bench, variants, size, rounds)
+
+    sizes, words = (128, 256, 384, 512), (0, 30, 55)
+    by_size = [at(size, 0) for size in sizes]
+    by_tokens = [by_size[1], *(at(256, count) for count in words[1:])]
+    tokens = [77 * (n + 1) for n in range(len(words))]
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained", sharey=True)
+    for axis, x, results, label in (
+        (axes[0], sizes, by_size, "picture's side, px (77 tokens)"),
+        (axes[1], tokens, by_tokens, "tokens (256 px)"),
+    ):
+        for name in ("swap", "refine", MATERIALISED):
+            axis.plot(x, [found[name].ratio for found in results], marker="o", ms=4, label=name)
+        axis.axhline(1.0, color="gray", lw=0.8)
+        axis.set(xlabel=label, xticks=x)
+    axes[0].set_ylabel("time, plain batch = 1")
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=80)
+    return f"![Cost against pixels and tokens](benchmarks/{path.name})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--page", action="store_true", help="write docs/benchmarks.md")
+    parser.add_argument("--only", choices=["edits", "targets", "curves", "sdxl"], help="one part of the page")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--size", type=int, help="px, of the table of edits")
+    options = parser.parse_args()
+    load_pack()
+    import torch
+    from p2p.demo.loader import load_demo_model
+
+    torch.set_grad_enabled(False)
+    demo, clip, _ = load_demo_model()
+    if not options.page:
+        bundled = Bench(Model(demo, 128, 0), clip)
+        print(machine())
+        print(edits_table(bundled, "the bundled model", options.size or 128, options.rounds))
+        return
+    folder = PAGE.parent / "benchmarks"
+    folder.mkdir(exist_ok=True)
+    parts: dict[str, Callable[[], str]] = {
+        "edits": lambda: edits_table(bench("SD1.5"), "SD1.5's U-Net", options.size or 512, options.rounds),
+        "targets": lambda: targets_table(bench("SD1.5"), "SD1.5's U-Net", 256, options.rounds),
+        "curves": lambda: curves(bench("SD1.5"), options.rounds, folder / "speed.png"),
+        "sdxl": lambda: edits_table(bench("SDXL"), "SDXL's U-Net", options.size or 512, options.rounds),
+    }
+    models: dict[str, Bench] = {}
+
+    def bench(name: str) -> Bench:
+        if name not in models:
+            models.clear()
+            models[name] = Bench(random_model(name), clip)
+        return models[name]
+
+    for name, part in parts.items():
+        if options.only in (None, name):
+            dtype = "float16" if torch.cuda.is_available() else "bfloat16 where the processor has it"
+            text = f"{machine()}, {dtype}.\n\n{part()}"
+            write_section(PAGE, f"speed {name}", text)
+            print(text)
+
+
+if __name__ == "__main__":
+    main()
