@@ -118,7 +118,7 @@ def _without_sources(value: Tensor, targets: int) -> Tensor:
 
 
 def _of_whole_batch(patch: Callable, rows: Tensor, batch: int) -> Callable:
-    """A patch of features whose own tensors have a row for each of the batch's (GLIGEN's), in some rows only."""
+    """A patch whose own tensors have a row for each of the batch's (GLIGEN's), for some of the rows only."""
 
     def of_part(x: Tensor, extra_options: dict) -> Tensor:
         whole = x.new_zeros((batch, *x.shape[1:])).index_copy_(0, rows, x)
