@@ -88,7 +88,7 @@ def seeing_images_of(negative: list, positive: list) -> list:
 
     Inpainting and InstructPix2Pix models take it from the conditioning; the stock nodes put it on both.
     """
-    given = next((options for _, options in negative if "concat_latent_image" in options), {})
+    given: dict[str, Any] = next((options for _, options in negative if "concat_latent_image" in options), {})
     seen = {name: given[name] for name in ("concat_latent_image", "concat_mask") if name in given}
     return [[cond, {**seen, **options}] for cond, options in positive]
 
