@@ -57,7 +57,7 @@ SCENES = {
     ),
     "P2PTokenReweight": Scene((EDIT,), (SAMPLER,), {"words": "snowy", "scale": 2.0}),
     "P2PTauScheduler": Scene(
-        (), ((0, "P2PSampler", "tau"),), {"words": "hat: 0.6\nred hair: 0.2-0.9", "fade": 0.1}, (400, 590)
+        (), ((0, "P2PSampler", "tau"),), {"words": "hat: 0.6\nred hair: 0.2-0.9", "fade": 0.1}, (400, 510)
     ),
     "P2PTauSweep": Scene(
         (EDIT, TAU), (SAMPLER, (1, "P2PComparisonGrid", "labels")), {"count": 5, "parameter": "cross_end"}
@@ -174,13 +174,15 @@ def photograph(editor: Editor, node: str, scene: Scene) -> None:
     editor.page.evaluate(SHOW, [node, described])
     editor.page.wait_for_timeout(1500)  # the pictures in nodes ask the server
     frame = editor.page.evaluate(FRAME)
-    clip = {
-        "x": frame["x"] - MARGIN,
-        "y": frame["y"] - MARGIN,
-        "width": frame["width"] + 2 * MARGIN,
-        "height": frame["height"] + 2 * MARGIN,
-    }
-    image = Image.open(io.BytesIO(editor.page.screenshot(clip=clip))).convert("RGB")
+    content = editor.page.screenshot(
+        clip={
+            "x": frame["x"] - MARGIN,
+            "y": frame["y"] - MARGIN,
+            "width": frame["width"] + 2 * MARGIN,
+            "height": frame["height"] + 2 * MARGIN,
+        }
+    )
+    image = Image.open(io.BytesIO(content)).convert("RGB")
     image.quantize(COLORS, dither=Image.Dither.NONE).save(PICTURES / f"{node}.png", optimize=True)
 
 
@@ -319,7 +321,7 @@ EFFECTS = {
         Effect(outlines(), "tau", "self_end", (0.0, 0.4, 0.8, 1.0)),
     ),
     "P2PTokenReweight": (Effect(reweight(), "weight", "scale", (-2.0, 0.0, 1.0, 2.0)),),
-    "P2PLocalBlend": (Effect(blend(), "blend", "threshold", (0.1, 0.3, 0.6)),),
+    "P2PLocalBlend": (Effect(blend(), "blend", "threshold", (0.1, 0.3, 0.6, 0.85)),),
     "P2PFeatureInjection": (Effect(features(), "control", "feature_end", (0.0, 0.4, 0.8)),),
 }
 

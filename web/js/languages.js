@@ -1,5 +1,5 @@
 // Names and tooltips of the pack's nodes in the page's language. The page does this itself from the same files, but
-// its versions from about 1.28 to 1.32 forget packs' translations when they load the user's language.
+// some of its versions (1.32.9 is one) forget packs' translations when they load the user's language.
 import { app } from "../../../scripts/app.js";
 import { nodeTexts } from "./shared.js";
 
@@ -29,6 +29,8 @@ app.registerExtension({
       if ("link" in each) each.localized_name = name;
       else if (!each.label || each.label === each.name) each.label = name;
     }
-    node.outputs?.forEach((output, n) => (output.localized_name = own.outputs?.[n]?.name ?? output.localized_name));
+    node.outputs?.forEach((output, n) => {
+      output.localized_name = own.outputs?.[n]?.name ?? output.localized_name;
+    });
   },
 });

@@ -1,6 +1,8 @@
 // tau Scheduler shows its windows over the run, from the first step to the last; their edges can be dragged.
 import { app } from "../../../scripts/app.js";
-import { addPicture, follow, isLinked, make, redraw, rememberChange, setWidget, svg, text, textsLoaded, widget } from "./shared.js";
+import {
+  addPicture, follow, isLinked, make, redraw, rememberChange, setWidget, svg, text, textsLoaded, widget,
+} from "./shared.js";
 
 const NAMES = 78; // px for the names of the windows, left of the bars
 const MARGIN = 10; // px right of them
@@ -19,7 +21,8 @@ const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
 function wordWindows(words) {
   return words.split("\n").flatMap((line, number) => {
     const match = line.trim().match(LINE);
-    return match ? [{ kind: "word", name: match[1], line: number, start: Number(match[2] ?? 0), end: Number(match[3]) }] : [];
+    if (!match) return [];
+    return [{ kind: "word", name: match[1], line: number, start: Number(match[2] ?? 0), end: Number(match[3]) }];
   });
 }
 
@@ -34,9 +37,10 @@ function read(node) {
 
 /** All windows, as the widgets say. */
 function windows(values) {
+  const self = text(values.self_mode === "mutual" ? "mutual" : "self");
   return [
     { kind: "cross", name: text("cross"), start: values.cross_start, end: values.cross_end },
-    { kind: "self", name: text(values.self_mode === "mutual" ? "mutual" : "self"), start: values.self_start, end: values.self_end },
+    { kind: "self", name: self, start: values.self_start, end: values.self_end },
     ...wordWindows(values.words),
   ];
 }
