@@ -70,8 +70,8 @@ def read_blend(
     mask: Tensor | None = None,
 ) -> LocalBlend:
     """A blend from lists of words or phrases separated by commas."""
-    lists = (tuple(split_words(text)) for text in (words, source_words, exclude))
-    return LocalBlend(*lists, threshold=threshold, start=start, softness=softness, mask=mask)
+    include, taken_away, excluded = (tuple(split_words(text)) for text in (words, source_words, exclude))
+    return LocalBlend(include, taken_away, excluded, threshold, start, softness, mask)
 
 
 @dataclass(frozen=True)

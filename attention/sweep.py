@@ -50,10 +50,14 @@ def sweep(
             raise ValueError(
                 f"words are for parameter scale; {parameter} has no use for {words.strip()!r}."
             )
-        name = "cross" if parameter == "cross_end" else "self_"
-        start = getattr(tau, name).start
+        start = (tau.cross if parameter == "cross_end" else tau.self_).start
         values = [start + (1.0 - start) * n / (count - 1) for n in range(count)]
-        targets = [replace(target, tau=replace(tau, **{name: Window(start, value)})) for value in values]
+        windows = [Window(start, value) for value in values]
+        schedules = [
+            replace(tau, cross=window) if parameter == "cross_end" else replace(tau, self_=window)
+            for window in windows
+        ]
+        targets = [replace(target, tau=schedule) for schedule in schedules]
     return replace(edit, targets=tuple(targets)), [f"{parameter} {value:.3g}" for value in values]
 
 

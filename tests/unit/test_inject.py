@@ -312,11 +312,10 @@ def test_targets_on_hard_schedules_of_their_own_need_no_second_call():
 def test_mistake_of_copying_self_attentions_output_the_targets_own_values_are_weighted():
     """Copying the output would give the target the source's appearance; the map alone gives its layout."""
     q, k, v = tensors(2, PIXELS)
-    found = self_attention(attend, attend, q, k, v, evenly(paired_rows(2, range(1), [0], 2, q.device), 1.0))
+    step = evenly(paired_rows(2, range(1), [0], 2, q.device), 1.0)
+    found = self_attention(attend, attend, q, k, v, step)
     assert not torch.allclose(found[1], found[0], atol=1e-3)
-    scaled = self_attention(
-        attend, attend, q, k, torch.stack([v[0], 3 * v[1]]), evenly(paired_rows(2, range(1), [0], 2, q.device), 1.0)
-    )
+    scaled = self_attention(attend, attend, q, k, torch.stack([v[0], 3 * v[1]]), step)
     torch.testing.assert_close(scaled[1], 3 * found[1], **EXACT)
     torch.testing.assert_close(scaled[0], found[0], **EXACT)
 
