@@ -1,5 +1,6 @@
 """The nodes on the page: found, added, connected, saved, explained, in every language."""
 
+import contextlib
 import json
 import re
 
@@ -8,6 +9,7 @@ import requests
 from p2p.tests.conftest import ROOT
 from p2p.tools.browser import open_editor
 from p2p.tools.server import PACK
+from playwright.sync_api import TimeoutError
 
 ALL = "() => Object.keys(LiteGraph.registered_node_types).filter((type) => type.startsWith('P2P')).sort()"
 ADD = """(types) => {
@@ -58,11 +60,12 @@ def test_a_node_is_found_in_the_search_box(editor, words, node):
     page = editor.page
     page.evaluate("() => { app.graph.clear(); app.canvas.setDirty(true, true); }")
     box = page.get_by_placeholder(re.compile("^(Search Nodes|Add a node)"))
-    for _ in range(20):  # a page that is still busy misses clicks
-        if box.is_visible():
-            break
+    for _ in range(5):  # a page that is still busy misses clicks
         page.mouse.dblclick(800, 500)
-        page.wait_for_timeout(500)
+        with contextlib.suppress(TimeoutError):
+            box.wait_for(timeout=5000)
+            break
+    page.wait_for_timeout(300)
     box.press_sequentially(words)
     page.wait_for_timeout(700)  # the list follows after a moment
     # By the pack's name too: a node of ComfyUI's own may be called the same.

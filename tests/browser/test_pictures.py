@@ -219,9 +219,9 @@ def edge_box(editor, edge):
 
 def drag(editor, edge, fraction):
     """Drags an edge of the timeline to a fraction of the run."""
+    editor.page.locator(f'[data-edge="{edge}"]').hover()  # once it stands still
     x, y = edge_box(editor, edge)
     track = editor.page.locator(".p2p-track").first.bounding_box()
-    editor.page.mouse.move(x, y)
     editor.page.mouse.down()
     editor.page.mouse.move(track["x"] + 0.5 * track["width"], y, steps=3)
     editor.page.mouse.move(track["x"] + fraction * track["width"], y, steps=3)
