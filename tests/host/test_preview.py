@@ -61,6 +61,7 @@ BODIES = st.one_of(
 @given(BODIES)
 @example({"source": "(" * CHARACTERS, "target": "a"})
 @example({"source": "a", "target": "(" * CHARACTERS})
+@example({"source": "(" * 1500 + "a" + ")" * 1500, "target": "a"})
 @example({"source": "\ud800", "target": "a"})
 @example({"source": "embedding:", "target": "embedding:,"})
 @example({"source": "embedding:../../etc/passwd", "target": "embedding:/etc/passwd"})
