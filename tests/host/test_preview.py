@@ -61,7 +61,6 @@ BODIES = st.one_of(
 @given(BODIES)
 @example({"source": "(" * CHARACTERS, "target": "a"})
 @example({"source": "a", "target": "(" * CHARACTERS})
-@example({"source": "(" * 1500 + "a" + ")" * 1500, "target": "a"})
 @example({"source": "\ud800", "target": "a"})
 @example({"source": "embedding:", "target": "embedding:,"})
 @example({"source": "embedding:../../etc/passwd", "target": "embedding:/etc/passwd"})
@@ -86,3 +85,8 @@ def test_long_prompts_are_refused(field):
     with pytest.raises(ValueError, match=f"{field} has 10000 characters.*{CHARACTERS}"):
         asked(**{**texts, field: "a" * 10_000})
     assert asked(**{**texts, field: "a " * (CHARACTERS // 4)})
+
+
+def test_parentheses_nested_too_deeply_are_refused():
+    with pytest.raises(ValueError, match="nested"):
+        asked(source="(" * 1500 + "a" + ")" * 1500, target="a")
