@@ -270,6 +270,16 @@ def test_dragging_an_edge_sets_its_widget_at_any_zoom(editor, zoom):
     assert_agree(editor)
 
 
+def test_the_chart_belongs_to_the_node_that_replaced_an_equal_one(editor):
+    build(editor, schedule())
+    editor.page.locator(".p2p-track").first.wait_for()
+    editor.page.wait_for_timeout(500)
+    build(editor, schedule())  # with the same id, as after undo; one way of drawing keeps the old element
+    editor.page.wait_for_timeout(500)
+    drag(editor, "cross_end", 0.6)
+    assert abs(values(editor)["cross_end"] - 0.6) <= 0.02
+
+
 def test_edges_move_by_keyboard_and_undo_takes_it_back(editor):
     build(editor, schedule())
     edge = editor.page.locator('[data-edge="cross_end"]')
