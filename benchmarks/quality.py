@@ -34,6 +34,7 @@ from runs import BLEND, CFG, DEFAULT, METHODS, SAMPLER, SCHEDULER, STEPS, Runner
 OUT, PAGE = ROOT / "output" / "quality", ROOT / "docs" / "benchmarks.md"
 CELL = 8
 """px of a latent cell."""
+SAME_EDITS = f"{DEFAULT}, the edits that can be blended"
 REFERENCE = 10
 """Edits of each kind that are compared with materialised maps."""
 LINES = {
@@ -178,7 +179,7 @@ def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
         rows = [record for record in records if record["kind"] == kind]
         table[kind] = {method: _means([r["figures"].get(method) for r in rows]) for method in METHODS}
         blended = [r["figures"] for r in rows if BLEND in r["figures"]]
-        table[kind][f"{DEFAULT}, where blended"] = _means([figures[DEFAULT] for figures in blended])
+        table[kind][SAME_EDITS] = _means([figures[DEFAULT] for figures in blended])
     return table
 
 
@@ -213,11 +214,11 @@ def page_text(means: dict[str, Any], settings: dict[str, Any], accuracy: dict[st
         ]
         plain = means[kind]["no control"]
         for method, one in means[kind].items():
-            if method == f"{DEFAULT}, where blended":
+            if method == SAME_EDITS and one["cases"] == plain["cases"]:
                 continue
             name = f"**{method}** (default)" if method == DEFAULT else method
-            if method == BLEND and one["cases"] < plain["cases"]:
-                name += f" ({one['cases']} of {plain['cases']} edits)"
+            if one["cases"] < plain["cases"]:
+                name += f" ({one['cases']} of {plain['cases']})"
             lines.append(
                 f"| {name} | {one['success']:.0%} | {one['error'] / plain['error']:.2f} "
                 f"| {one['psnr']:.1f} dB | {one['ssim']:.3f} | {one['layout']:.2f} |"

@@ -16,7 +16,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,6 @@ from pack import ROOT, load_pack
 PAGE = ROOT / "docs" / "benchmarks.md"
 SOURCE, SWAP = "a cat riding a bicycle", "a cat riding a car"
 REFINED = "a watercolor of a cat riding a red bicycle"
-STEPS = 3
-"""Of a timed run; its first step, which makes what a run needs, is not counted."""
 PLAIN, MATERIALISED = "plain batch", "materialised swap"
 
 
@@ -97,8 +95,10 @@ class Bench:
             MATERIALISED: self.built(swap, cross),
         }
 
-    def step(self, variant: Variant, size: int, finished: Callable[[], None] = lambda: None) -> None:
-        """A run of STEPS steps at `size` px; `finished` is called after each."""
+    def run(
+        self, variant: Variant, size: int, steps: int, finished: Callable[[], None] = lambda: None
+    ) -> None:
+        """Sample at `size` px; `finished` is called after each step."""
         import comfy.sample
         import torch
 
@@ -108,7 +108,7 @@ class Bench:
         comfy.sample.sample(
             variant.model,
             comfy.sample.prepare_noise(latent, 0, [0] * variant.rows),
-            STEPS,
+            steps,
             7.0,
             "euler",
             "normal",
@@ -119,10 +119,10 @@ class Bench:
             disable_pbar=True,
         )
 
-    def seconds(self, variant: Variant, size: int) -> float:
-        """Of a step, the mean of a run's steps but the first."""
+    def seconds(self, variant: Variant, size: int, steps: int) -> float:
+        """Of a step, the mean of a run's steps but the first, which makes what a run needs."""
         times: list[float] = []
-        self.step(variant, size, lambda: times.append(now()))
+        self.run(variant, size, steps + 1, lambda: times.append(now()))
         return (times[-1] - times[0]) / (len(times) - 1)
 
     def memory(self, variant: Variant, size: int) -> float:
@@ -131,12 +131,12 @@ class Bench:
 
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-            self.step(variant, size)
+            self.run(variant, size, 2)
             return torch.cuda.max_memory_allocated()
         with torch.profiler.profile(
             activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
         ) as profile:
-            self.step(variant, size)
+            self.run(variant, size, 2)
         with tempfile.TemporaryDirectory() as folder:
             profile.export_chrome_trace(str(trace := Path(folder) / "trace.json"))
             events = json.loads(trace.read_text())["traceEvents"]
@@ -144,7 +144,7 @@ class Bench:
         weights = sum(p.nbytes for p in self.model.patcher.model.diffusion_model.parameters())
         return weights + max(totals) - min(totals[0], 0)
 
-    def calls(self, variant: Variant, size: int) -> dict[str, float]:
+    def calls(self, variant: Variant, size: int) -> dict[str, int]:
         """Attention calls of a step, and rows in them, by the host's own hook around attention."""
         counted = {"calls": 0, "rows": 0}
 
@@ -156,8 +156,8 @@ class Bench:
         model = variant.model.clone()
         options = model.model_options.setdefault("transformer_options", {})
         options["optimized_attention_override"] = count
-        self.step(replace(variant, model=model), size)
-        return {name: number / STEPS for name, number in counted.items()}
+        self.run(replace(variant, model=model), size, 1)
+        return counted
 
 
 def schedule(cross: float, self_: float) -> Any:
@@ -176,14 +176,22 @@ def now() -> float:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """How much is timed: every variant in each of `rounds`, `steps` steps at a time."""
+
+    rounds: int
+    steps: int
+
+
+@dataclass(frozen=True)
 class Result:
     """seconds: of a plain step. ratios: of each round to the plain batch. memory: ratio, or None."""
 
     seconds: float
     ratios: list[float]
     memory: float | None = None
-    calls: float | None = None
-    rows: float | None = None
+    calls: int | None = None
+    rows: int | None = None
 
     @property
     def ratio(self) -> float:
@@ -195,17 +203,16 @@ class Result:
 
 
 def compare(
-    bench: Bench, variants: dict[str, Variant], size: int, rounds: int, details: bool = False
+    bench: Bench, variants: dict[str, Variant], size: int, plan: Plan, details: bool = False
 ) -> dict[str, Result]:
     """Alternating runs of all variants; the first of them is what the others are divided by."""
     base = next(iter(variants))
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for name in variants:  # warms up
-        bench.step(variants[name], size)
-    for turn in range(rounds):
+    bench.run(variants[base], size, 1)  # warms up
+    for turn in range(plan.rounds):
         order = list(variants) if turn % 2 == 0 else list(reversed(variants))
         for name in order:
-            seconds[name].append(bench.seconds(variants[name], size))
+            seconds[name].append(bench.seconds(variants[name], size, plan.steps))
             print(f"  {size} px, round {turn + 1}, {name}: {seconds[name][-1]:.3f} s", flush=True)
     memory = {name: bench.memory(variants[name], size) for name in variants} if details else {}
     calls = {name: bench.calls(variants[name], size) for name in variants} if details else {}
@@ -227,8 +234,7 @@ def table(results: dict[str, Result]) -> list[str]:
     ]
     for name, one in results.items():
         memory = "" if one.memory is None else f"{one.memory:.3f}"
-        calls = "" if one.calls is None else f"{one.calls:.0f}"
-        rows = "" if one.rows is None else f"{one.rows:.0f}"
+        calls, rows = ("" if number is None else str(number) for number in (one.calls, one.rows))
         lines.append(
             f"| {name} | {one.seconds:.3f} | {one.ratio:.3f} | {one.spread} | {memory} | {calls} | {rows} |"
         )
@@ -249,14 +255,15 @@ def goals(results: dict[str, Result]) -> list[str]:
     return lines
 
 
-def edits_table(bench: Bench, title: str, size: int, rounds: int) -> str:
-    """Every kind of edit, with memory and calls."""
-    results = compare(bench, bench.variants(), size, rounds, details=True)
-    heading = f"**{title}, {size} px, one target, {STEPS - 1} x {rounds} timed steps**"
+def edits_table(bench: Bench, title: str, size: int, plan: Plan, names: Sequence[str] = ()) -> str:
+    """Every kind of edit, or some, with memory and calls."""
+    variants = bench.variants()
+    results = compare(bench, {name: variants[name] for name in names or variants}, size, plan, details=True)
+    heading = f"**{title}, {size} px, one target, {plan.rounds} rounds of {plan.steps} timed steps**"
     return "\n".join([heading, "", *table(results), *goals(results)])
 
 
-def targets_table(bench: Bench, title: str, size: int, rounds: int) -> str:
+def targets_table(bench: Bench, title: str, size: int, plan: Plan) -> str:
     """Swaps of 1 to 8 targets, each against the plain batch of as many rows."""
     lines = [
         f"**{title}, {size} px, targets**",
@@ -271,13 +278,13 @@ def targets_table(bench: Bench, title: str, size: int, rounds: int) -> str:
             "swap": bench.ours(swap, schedule(1.0, 0.0)),
             "refine": bench.ours(refine, schedule(1.0, 0.0)),
         }
-        found = compare(bench, variants, size, rounds)
+        found = compare(bench, variants, size, plan)
         cells = [f"{found[name].ratio:.3f} | {found[name].spread}" for name in ("swap", "refine")]
         lines.append(f"| {count} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def curves(bench: Bench, rounds: int, path: Path) -> str:
+def curves(bench: Bench, plan: Plan, path: Path) -> str:
     """Cost against pixels and against tokens, of swap, refine and the materialised swap."""
     import matplotlib
 
@@ -294,16 +301,16 @@ def curves(bench: Bench, rounds: int, path: Path) -> str:
             "refine": bench.ours(refine, tau),
             MATERIALISED: bench.built(swap, tau),
         }
-        return compare(bench, variants, size, rounds)
+        return compare(bench, variants, size, plan)
 
-    sizes, words = (128, 256, 384, 512), (0, 30, 55)
+    sizes, words = (128, 256, 384), (0, 30, 55)
     by_size = [at(size, 0) for size in sizes]
-    by_tokens = [by_size[1], *(at(256, count) for count in words[1:])]
+    by_tokens = [by_size[0], *(at(sizes[0], count) for count in words[1:])]
     tokens = [77 * (n + 1) for n in range(len(words))]
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained", sharey=True)
     for axis, x, results, label in (
         (axes[0], sizes, by_size, "picture's side, px (77 tokens)"),
-        (axes[1], tokens, by_tokens, "tokens (256 px)"),
+        (axes[1], tokens, by_tokens, f"tokens ({sizes[0]} px)"),
     ):
         for name in ("swap", "refine", MATERIALISED):
             axis.plot(x, [found[name].ratio for found in results], marker="o", ms=4, label=name)
@@ -322,6 +329,7 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="write docs/benchmarks.md")
     parser.add_argument("--only", choices=["edits", "targets", "curves", "sdxl"], help="one part of the page")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=2, help="timed at a time")
     parser.add_argument("--size", type=int, help="px, of the table of edits")
     options = parser.parse_args()
     load_pack()
@@ -330,18 +338,21 @@ def main() -> None:
 
     torch.set_grad_enabled(False)
     demo, clip, _ = load_demo_model()
+    plan = Plan(options.rounds, options.steps)
     if not options.page:
         bundled = Bench(Model(demo, 128, 0), clip)
         print(machine())
-        print(edits_table(bundled, "the bundled model", options.size or 128, options.rounds))
+        print(edits_table(bundled, "the bundled model", options.size or 128, plan))
         return
     folder = PAGE.parent / "benchmarks"
     folder.mkdir(exist_ok=True)
     parts: dict[str, Callable[[], str]] = {
-        "edits": lambda: edits_table(bench("SD1.5"), "SD1.5's U-Net", options.size or 512, options.rounds),
-        "targets": lambda: targets_table(bench("SD1.5"), "SD1.5's U-Net", 256, options.rounds),
-        "curves": lambda: curves(bench("SD1.5"), options.rounds, folder / "speed.png"),
-        "sdxl": lambda: edits_table(bench("SDXL"), "SDXL's U-Net", options.size or 512, options.rounds),
+        "edits": lambda: edits_table(bench("SD1.5"), "SD1.5's U-Net", options.size or 512, plan),
+        "targets": lambda: targets_table(bench("SD1.5"), "SD1.5's U-Net", 128, plan),
+        "curves": lambda: curves(bench("SD1.5"), plan, folder / "speed.png"),
+        "sdxl": lambda: edits_table(
+            bench("SDXL"), "SDXL's U-Net", options.size or 512, plan, [PLAIN, "swap", "refine", MATERIALISED]
+        ),
     }
     models: dict[str, Bench] = {}
 

@@ -21,6 +21,8 @@ OBJECTS = list(scenes.OBJECTS)
 STRENGTHS = ("snow", "crowd")
 FIRST, HELD_OUT = 7_000_000, 7_500_000
 GRID = 32
+RARE = torch.tensor(8.0)
+"""Weight of an object's pixels against all others, which are many more."""
 PRESENT = 0.1
 """Half of the least strength that a scene can have."""
 
@@ -54,7 +56,7 @@ def survey(network: Surveyor, pictures: Tensor) -> tuple[Tensor, Tensor]:
     return masks > 0, strengths.float()
 
 
-def trained(path: Path, count: int = 6_000, epochs: int = 6) -> Surveyor:
+def trained(path: Path, count: int = 6_000, epochs: int = 9) -> Surveyor:
     """The surveyor of `path`, or a new one."""
     network = Surveyor()
     if path.exists():
@@ -73,7 +75,7 @@ def trained(path: Path, count: int = 6_000, epochs: int = 6) -> Surveyor:
         x = (x * (0.9 + 0.2 * torch.rand(64, 1, 1, 1)) + 0.04 * torch.randn(x.shape)).clamp(-1, 1)
         with torch.autocast("cpu", torch.bfloat16):
             found, strong = network(x)
-        loss = 4 * F.binary_cross_entropy_with_logits(found.float(), masks[picks] / 255.0)
+        loss = F.binary_cross_entropy_with_logits(found.float(), masks[picks] / 255.0, pos_weight=RARE)
         loss = loss + 4 * F.mse_loss(strong.float(), strengths[picks])
         optimizer.zero_grad()
         loss.backward()
