@@ -16,6 +16,7 @@ from p2p.tests.host.checkpoints import FAMILIES, load, network_of
 from p2p.tests.host.runs import (
     EDITED,
     FULL,
+    HOST_WARNINGS,
     SOURCE,
     STOCK,
     TARGET,
@@ -27,6 +28,8 @@ from p2p.tests.host.runs import (
     ksampler,
     picture,
 )
+
+pytestmark = HOST_WARNINGS
 
 STEPS = 4
 

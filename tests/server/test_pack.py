@@ -10,21 +10,30 @@ INTERFACE = {
     "P2PPromptPair": ("clip source target mode", "edit:P2P_EDIT"),
     "P2PTokenReweight": ("edit words scale target", "edit:P2P_EDIT"),
     "P2PTauScheduler": (
-        "cross_start cross_end self_start self_end fade self_resolution words",
+        "cross_start cross_end self_start self_end fade self_resolution words [self_mode] [mutual_layer]",
         "tau:P2P_TAU",
     ),
     "P2PAttentionController": (
-        "model edit tau [blend] [trajectory]",
+        "model edit tau [blend] [trajectory] [reuse_gb]",
         "model:MODEL positive:CONDITIONING [maps:P2P_MAPS]",
     ),
     "P2PPairedLatent": ("latent edit", "latent:LATENT"),
     "P2PSampler": (
-        "model edit tau negative latent seed steps cfg sampler_name scheduler denoise [blend] [trajectory]",
+        "model edit tau negative latent seed steps cfg sampler_name scheduler denoise "
+        "[blend] [trajectory] [reuse_gb]",
         "source:LATENT targets:LATENT [maps:P2P_MAPS]",
     ),
     "P2PSplitBranches": ("images edit", "source:IMAGE targets:IMAGE"),
     "P2PComparisonGrid": ("images [labels] columns", "image:IMAGE"),
-    "P2PDemoModel": ("", "model:MODEL clip:CLIP vae:VAE"),
+    "P2PInvert": (
+        "model positive latent steps scheduler [cfg] [refinement] [reconstruction] [negative]",
+        "trajectory:P2P_TRAJECTORY noise:LATENT",
+    ),
+    "P2PFeatureInjection": (
+        "model edit feature_end attention_end [trajectory] [source_conditioning]",
+        "model:MODEL positive:CONDITIONING maps:P2P_MAPS",
+    ),
+    "P2PDemoModel": ("", "model:MODEL clip:CLIP vae:VAE [picture:IMAGE]"),
 }
 WORKFLOWS = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
 
