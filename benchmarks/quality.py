@@ -41,8 +41,9 @@ LINES = {
     "cross-attention until ..., self until 0.4": [
         f"cross {end}, self 0.4" for end in ("0.4", "0.6", "0.8", "1.0")
     ],
-    "self-attention until ..., cross until 0.8": [
-        f"cross 0.8, self {end}" for end in ("0.0", "0.2", "0.4", "0.8")
+    "self-attention in all layers until ..., cross until 0.8": [
+        "cross 0.8, self 0.0",
+        *(f"cross 0.8, self {end} in all layers" for end in ("0.4", "0.8")),
     ],
     "self-attention only, until ...": ["no control", "self only, 0.4", "self only, 0.8"],
 }
@@ -263,12 +264,9 @@ def plot(means: dict[str, Any], path: Path) -> None:
             points = [(means[kind][m]["success"] * 100, means[kind][m]["psnr"]) for m in methods]
             axis.plot(*zip(*points, strict=True), color=f"C{n}", marker="o", ms=4, label=title)
             for method, point in zip(methods, points, strict=True):
-                if method == "no control":
-                    label = "no control"
-                else:
-                    label = method.split()[1 if n == 0 else -1].rstrip(",")
-                if n or method != DEFAULT:
-                    axis.annotate(label, point, (3, 4), textcoords="offset points", fontsize=7)
+                end = method.split()[(1, 3, 2)[n]].rstrip(",") if method != "no control" else method
+                if method != DEFAULT:
+                    axis.annotate(end, point, (3, 4), textcoords="offset points", fontsize=7)
         for name, title, marker in ((DEFAULT, "default", "D"), (BLEND, "default + local blend", "*")):
             one = means[kind][name]
             axis.scatter(

@@ -19,8 +19,8 @@ TAUS: dict[str, tuple[float, float, float]] = {
     "cross 0.8, self 0.4": (0.8, 0.4, 0.5),
     "cross 1.0, self 0.4": (1.0, 0.4, 0.5),
     "cross 0.8, self 0.0": (0.8, 0.0, 0.5),
-    "cross 0.8, self 0.2": (0.8, 0.2, 0.5),
-    "cross 0.8, self 0.8": (0.8, 0.8, 0.5),
+    "cross 0.8, self 0.4 in all layers": (0.8, 0.4, 1.0),
+    "cross 0.8, self 0.8 in all layers": (0.8, 0.8, 1.0),
     "self only, 0.4": (0.0, 0.4, 1.0),
     "self only, 0.8": (0.0, 0.8, 1.0),
 }
@@ -125,7 +125,8 @@ class Runner:
         """Pictures (latents, height, width, 3) in 0..1."""
         import torch
 
-        return self.vae.decode(torch.stack(latents))
+        with self.precision():
+            return self.vae.decode(torch.stack(latents)).float()
 
     def materialised(self, case: Case, seed: int) -> tuple[Any, Any]:
         """Source and target at the default tau, in full precision: with maps that are built, and ours."""
