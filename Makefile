@@ -19,7 +19,7 @@ serve: env  ## start ComfyUI with this pack and print its address (PORT=8188)
 	@$(VENV)/python -m tools.server --port $(PORT)
 
 test: env  ## run all tests (ARGS="tests/unit -k swap" for some)
-	@$(VENV)/pytest $(ARGS)
+	@$(VENV)/pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: env  ## ruff and mypy
 	@mkdir -p .cache/typecheck && ln -sfn "$(CURDIR)" .cache/typecheck/p2p  # a name that Python can import
