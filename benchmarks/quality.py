@@ -241,7 +241,7 @@ def page_text(means: dict[str, Any], settings: dict[str, Any], accuracy: dict[st
         + ", ".join(f"{value:.1g} ({kind})" for kind, value in apart.items())
         + ".",
         "",
-        f"The surveyor on drawn scenes that no training saw: masks overlap by {accuracy['objects_iou']:.2f} "
+        f"The surveyor on drawn scenes that no training saw: masks overlap by {accuracy['objects_iou']:.2f}"
         + "".join(
             f", {name} is told in {accuracy[f'{name}_told']:.1%} and its strength read with an error of "
             f"{accuracy[f'{name}_error']:.2f}"
@@ -258,7 +258,7 @@ def plot(means: dict[str, Any], path: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.9), layout="constrained", sharey=True)
+    figure, axes = pyplot.subplots(1, 3, figsize=(11, 4.1), layout="constrained", sharey=True)
     for axis, kind in zip(axes, KINDS, strict=True):
         for n, (title, methods) in enumerate(LINES.items()):
             points = [(means[kind][m]["success"] * 100, means[kind][m]["psnr"]) for m in methods]
@@ -274,7 +274,7 @@ def plot(means: dict[str, Any], path: Path) -> None:
             )
         axis.set(title=kind, xlabel="edit success, %")
     axes[0].set_ylabel("background PSNR, dB")
-    axes[0].legend(fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=5)
     figure.savefig(path, dpi=80)
 
 
