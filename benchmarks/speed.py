@@ -61,11 +61,15 @@ class Bench:
 
         return Variant(self.model.patcher, paired_conditioning(edit, "plain"), edit.branches)
 
-    def ours(self, edit: Any, tau: Any, blend: Any = None, maps: bool = False) -> Variant:
+    def ours(
+        self, edit: Any, tau: Any, blend: Any = None, maps: bool = False, reuse: float = 0.0
+    ) -> Variant:
         from p2p.sampling.controller import control
         from p2p.sampling.maps import MapsHandle
 
-        model, positive = control(self.model.patcher, edit, tau, blend, maps=MapsHandle(wanted=maps))
+        model, positive = control(
+            self.model.patcher, edit, tau, blend, maps=MapsHandle(wanted=maps), reuse=reuse
+        )
         return Variant(model, positive, edit.branches)
 
     def built(self, edit: Any, tau: Any) -> Variant:
@@ -284,6 +288,43 @@ def targets_table(bench: Bench, title: str, size: int, plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def reuse_table(bench: Bench, title: str, size: int, plan: Plan) -> str:
+    """A further edit of a source whose run was kept, against the same edit as a fresh pair; whole runs."""
+    from p2p.sampling.reuse import CACHE, GIGABYTE
+
+    both = bench.edit(SOURCE, SWAP, "a dog riding a bicycle")
+    first, further = (replace(both, targets=(target,)) for target in both.targets)
+    tau, room = schedule(0.8, 0.4), 64.0
+    steps = max(plan.steps, 5)  # of which tau injects 4 and 2
+    bench.run(bench.ours(first, tau), size, 1)  # warms up
+
+    def seconds(edit: Any, reuse: float) -> float:
+        variant, start = bench.ours(edit, tau, reuse=reuse), now()
+        bench.run(variant, size, steps)
+        return now() - start
+
+    kept = 0
+    ratios: dict[str, list[float]] = {"first run, keeping its source": [], "further edit": []}
+    for turn in range(plan.rounds):
+        CACHE.clear()
+        fresh, times = seconds(further, 0.0), (seconds(first, room), seconds(further, room))
+        kept = CACHE.nbytes
+        for found, one in zip(ratios.values(), times, strict=True):
+            found.append(one / fresh)
+        print(f"  round {turn + 1}: {fresh:.2f} s, {times[0]:.2f} s, {times[1]:.2f} s", flush=True)
+    limits = {"first run, keeping its source": 1.02, "further edit": 0.55}
+    lines = [
+        f"**{title}, {size} px, runs of {steps} steps at the default tau, {plan.rounds} rounds**",
+        "",
+        "| | time, the same edit as a fresh pair = 1 | range | goal |",
+        "|---|---|---|---|",
+    ]
+    for name, found in ratios.items():
+        spread = f"{min(found):.2f} to {max(found):.2f}"
+        lines.append(f"| {name} | {statistics.median(found):.3f} | {spread} | {limits[name]} or less |")
+    return "\n".join([*lines, "", f"Kept in host memory: {kept / GIGABYTE:.2f} GB."])
+
+
 def curves(bench: Bench, plan: Plan, path: Path) -> str:
     """Cost against pixels and against tokens, of swap, refine and the materialised swap."""
     import matplotlib
@@ -327,7 +368,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--page", action="store_true", help="write docs/benchmarks.md")
-    parser.add_argument("--only", choices=["edits", "targets", "curves", "sdxl"], help="one part of the page")
+    names = ["edits", "targets", "curves", "sdxl", "reuse"]
+    parser.add_argument("--only", choices=names, help="one part of the page")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="timed at a time")
     parser.add_argument("--size", type=int, help="px, of the table of edits")
@@ -349,6 +391,7 @@ def main() -> None:
     parts: dict[str, Callable[[], str]] = {
         "edits": lambda: edits_table(bench("SD1.5"), "SD1.5's U-Net", options.size or 512, plan),
         "targets": lambda: targets_table(bench("SD1.5"), "SD1.5's U-Net", 128, plan),
+        "reuse": lambda: reuse_table(bench("SD1.5"), "SD1.5's U-Net", options.size or 512, plan),
         "curves": lambda: curves(bench("SD1.5"), plan, folder / "speed.png"),
         "sdxl": lambda: edits_table(
             bench("SDXL"), "SDXL's U-Net", options.size or 512, plan, [PLAIN, "swap", "refine", MATERIALISED]
