@@ -243,21 +243,32 @@ def assert_agree(editor, **expected):
     for name in ("cross_start", "cross_end", "self_start", "self_end"):
         assert shown[name] == now[name]
 
+def show(editor, zoom):
+    """Brings the first node into view at a zoom; the page may still be moving its view, so until it stays."""
+    for _ in range(20):
+        editor.page.evaluate(
+            """(zoom) => {
+              const [x, y] = app.graph.nodes[0].pos;
+              app.canvas.ds.scale = zoom;
+              app.canvas.ds.offset = [200 / zoom - x, 150 / zoom - y];
+              app.canvas.setDirty(true, true);
+            }""",
+            zoom,
+        )
+        editor.page.locator(".p2p-track").first.wait_for()
+        editor.page.wait_for_timeout(400)
+        box, size = editor.page.locator(".p2p-track").first.bounding_box(), editor.page.viewport_size
+        right, bottom = box["x"] + box["width"], box["y"] + box["height"]
+        if box["x"] >= 0 and box["y"] >= 0 and right <= size["width"] and bottom <= size["height"]:
+            return
+    raise AssertionError(f"the timeline is not in view: {box}")
+
+
 
 @pytest.mark.parametrize("zoom", [1.0, 1.3, 0.75])
 def test_dragging_an_edge_sets_its_widget_at_any_zoom(editor, zoom):
     build(editor, schedule())
-    editor.page.evaluate(
-        """(zoom) => {
-          const [x, y] = app.graph.nodes[0].pos;
-          app.canvas.ds.scale = zoom;
-          app.canvas.ds.offset = [200 / zoom - x, 150 / zoom - y];
-          app.canvas.setDirty(true, true);
-        }""",
-        zoom,
-    )
-    editor.page.locator(".p2p-track").first.wait_for()
-    editor.page.wait_for_timeout(300)
+    show(editor, zoom)
     drag(editor, "cross_end", 0.6)
     assert abs(values(editor)["cross_end"] - 0.6) <= 0.02
     drag(editor, "self_end", 1.2)
