@@ -498,6 +498,7 @@ def inverted(encode: Node) -> dict[str, Node]:
             "P2PInvert",
             {"model": ("model", MODEL), "positive": ("encode", 0), "latent": ("latent", 0)},
             {"steps": SETTINGS["steps"], "scheduler": SETTINGS["scheduler"]},
+            room=PREVIEW,
         ),
     }
 
