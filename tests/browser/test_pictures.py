@@ -244,23 +244,23 @@ def assert_agree(editor, **expected):
         assert shown[name] == now[name]
 
 def show(editor, zoom):
-    """Brings the first node into view at a zoom; the page may still be moving its view, so until it stays."""
+    """Sets the zoom and moves the view until the timeline, wherever the page drew it, is in it."""
+    editor.page.evaluate("(zoom) => { app.canvas.ds.scale = zoom; app.canvas.setDirty(true, true); }", zoom)
     for _ in range(20):
-        editor.page.evaluate(
-            """(zoom) => {
-              const [x, y] = app.graph.nodes[0].pos;
-              app.canvas.ds.scale = zoom;
-              app.canvas.ds.offset = [200 / zoom - x, 150 / zoom - y];
-              app.canvas.setDirty(true, true);
-            }""",
-            zoom,
-        )
         editor.page.locator(".p2p-track").first.wait_for()
         editor.page.wait_for_timeout(400)
         box, size = editor.page.locator(".p2p-track").first.bounding_box(), editor.page.viewport_size
         right, bottom = box["x"] + box["width"], box["y"] + box["height"]
-        if box["x"] >= 0 and box["y"] >= 0 and right <= size["width"] and bottom <= size["height"]:
+        if box["x"] >= 100 and box["y"] >= 100 and right <= size["width"] and bottom <= size["height"] - 150:
             return
+        editor.page.evaluate(
+            """([x, y, zoom]) => {
+              const [left, top] = app.canvas.ds.offset;
+              app.canvas.ds.offset = [left + (300 - x) / zoom, top + (300 - y) / zoom];
+              app.canvas.setDirty(true, true);
+            }""",
+            [box["x"], box["y"], zoom],
+        )
     raise AssertionError(f"the timeline is not in view: {box}")
 
 
