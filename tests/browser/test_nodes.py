@@ -60,6 +60,8 @@ def test_a_node_is_found_in_the_search_box(editor, words, node):
     page = editor.page
     page.evaluate("() => { app.graph.clear(); app.canvas.setDirty(true, true); }")
     box = page.get_by_placeholder(re.compile("^(Search Nodes|Add a node)"))
+    box.wait_for(state="hidden")  # one of before may still be closing
+    page.wait_for_timeout(300)
     for _ in range(5):  # a page that is still busy misses clicks
         page.mouse.dblclick(800, 500)
         with contextlib.suppress(TimeoutError):
