@@ -62,10 +62,16 @@ class Edit:
         return 1 + len(self.targets)
 
     @property
+    def prompts(self) -> tuple[Prompt, ...]:
+        """The prompt of each branch."""
+        return (self.source.prompt, *(target.prompt for target in self.targets))
+
+    @property
     def tokens(self) -> tuple[tuple[int, ...], ...]:
         """Positions of each branch's word tokens: all but start, end and padding."""
-        prompts = (self.source.prompt, *(target.prompt for target in self.targets))
-        return tuple(tuple(token for word in prompt.words for token in word.tokens) for prompt in prompts)
+        return tuple(
+            tuple(token for word in prompt.words for token in word.tokens) for prompt in self.prompts
+        )
 
     def with_target(self, prompt: Prompt, mode: str, conditioning: Any = None) -> Edit:
         """This edit with one more target, aligned to the source."""

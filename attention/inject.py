@@ -25,7 +25,7 @@ class Rows:
 
     target: (r,) their rows. branch: (r,) the number of each one's target, from 0.
     origin: (b,) the row that each row takes queries and keys from: a target's source, else the row itself.
-        Rows from b on are known ones that stand behind the batch's (`unpaired_rows`).
+        Rows from b on are known ones that stand behind the batch's (`paired_rows`, known).
     """
 
     target: Tensor
@@ -65,46 +65,27 @@ def paired_rows(
     size: int,
     device: torch.device,
     taking: Collection[int] | None = None,
+    known: bool = False,
 ) -> Rows:
     """Rows of a model call whose chunks of `size` rows, from `offsets` on, tile (source, targets ...).
 
     targets: the number of each target of the tile among the edit's.
     taking: those that take from their source, all by default; the rows of the others are left alone.
+    known: the chunks tile the targets alone; what their sources give is known and stands behind the batch,
+        chunk by chunk and pair by pair.
     """
     origin = list(range(batch))
     target, branch = [], []
-    for offset in offsets:
-        for row in range(size):
-            place = row % (1 + len(targets))
-            if place and (taking is None or targets[place - 1] in taking):
-                target.append(offset + row)
-                branch.append(targets[place - 1])
-                origin[offset + row] = offset + row - place
-    return Rows(*(torch.tensor(rows, dtype=torch.long, device=device) for rows in (target, branch, origin)))
-
-
-def unpaired_rows(
-    batch: int,
-    targets: Sequence[int],
-    offsets: list[int],
-    size: int,
-    device: torch.device,
-    taking: Collection[int] | None = None,
-) -> Rows:
-    """`paired_rows` of chunks that tile the targets alone; the sources are known and stand behind the batch.
-
-    The known rows are those of the chunks' sources, chunk by chunk and pair by pair.
-    """
-    origin = list(range(batch))
-    target, branch = [], []
-    pairs = size // len(targets)
+    tile = [*([] if known else [None]), *targets]
     for n, offset in enumerate(offsets):
         for row in range(size):
-            pair, place = divmod(row, len(targets))
-            if taking is None or targets[place] in taking:
+            pair, place = divmod(row, len(tile))
+            number = tile[place]
+            if number is not None and (taking is None or number in taking):
                 target.append(offset + row)
-                branch.append(targets[place])
-                origin[offset + row] = batch + n * pairs + pair
+                branch.append(number)
+                behind = batch + n * (size // len(tile)) + pair
+                origin[offset + row] = behind if known else offset + row - place
     return Rows(*(torch.tensor(rows, dtype=torch.long, device=device) for rows in (target, branch, origin)))
 
 

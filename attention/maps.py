@@ -63,8 +63,7 @@ def token_columns(
     """
     common = conditioning_length(edit)
     columns = torch.zeros(edit.branches, length, max(map(len, tokens)), dtype=torch.float64)
-    prompts = (edit.source.prompt, *(target.prompt for target in edit.targets))
-    for branch, (prompt, wanted) in enumerate(zip(prompts, tokens, strict=True)):
+    for branch, (prompt, wanted) in enumerate(zip(edit.prompts, tokens, strict=True)):
         for w, token in enumerate(wanted):
             columns[branch, token : common : prompt.length, w] = 1.0
     return columns.to(dtype).to(device)

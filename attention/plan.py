@@ -42,7 +42,7 @@ class Plan:
 
 def conditioning_length(edit: Edit) -> int:
     """Tokens of the paired conditioning: the least common multiple of the prompts' own lengths."""
-    return math.lcm(edit.source.prompt.length, *(target.prompt.length for target in edit.targets))
+    return math.lcm(*(prompt.length for prompt in edit.prompts))
 
 
 def make_plan(

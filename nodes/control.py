@@ -23,6 +23,7 @@ from .types import (
     check_options,
     edit_input,
     is_wired,
+    model_input,
     reuse_input,
     tau_input,
     trajectory_input,
@@ -233,9 +234,7 @@ class AttentionController(io.ComfyNode):
             description="Patches a model so that KSampler, SamplerCustom and SamplerCustomAdvanced sample "
             "the pair: feed them this model, this positive and a latent from Paired Latent.",
             inputs=[
-                io.Model.Input(
-                    "model", tooltip="SD1.x, SD2.x or SDXL, with any LoRAs and patches already on it."
-                ),
+                model_input(),
                 edit_input(),
                 tau_input(),
                 blend_input(),

@@ -10,7 +10,7 @@ from ..attention.edit import Edit
 from ..sampling.features import plug_and_play
 from ..sampling.maps import MapsHandle
 from ..sampling.trajectory import Trajectory
-from .types import CATEGORY, MAPS_OUTPUT, EditIO, MapsIO, is_wired, trajectory_input
+from .types import CATEGORY, MAPS_OUTPUT, EditIO, MapsIO, is_wired, model_input, trajectory_input
 
 
 class FeatureInjection(io.ComfyNode):
@@ -26,9 +26,7 @@ class FeatureInjection(io.ComfyNode):
             "features and self-attention: structure stays, and the target prompt may be quite another one. "
             "Feed KSampler this model, this positive and a latent from Paired Latent.",
             inputs=[
-                io.Model.Input(
-                    "model", tooltip="SD1.x, SD2.x or SDXL, with any LoRAs and patches already on it."
-                ),
+                model_input(),
                 EditIO.Input(
                     "edit", tooltip="Source and target prompts; the alignment of words is not used."
                 ),

@@ -23,6 +23,7 @@ from .types import (
     check_options,
     edit_input,
     is_wired,
+    model_input,
     reuse_input,
     tau_input,
     trajectory_input,
@@ -63,9 +64,7 @@ class PairedSampler(io.ComfyNode):
             description="Denoises source and targets side by side from the same noise, injecting the "
             "source's attention into the targets. Takes plain latents; a batch gives one pair per item.",
             inputs=[
-                io.Model.Input(
-                    "model", tooltip="SD1.x, SD2.x or SDXL, with any LoRAs and patches already on it."
-                ),
+                model_input(),
                 edit_input(),
                 tau_input(),
                 io.Conditioning.Input(

@@ -16,6 +16,10 @@ MapsIO = io.Custom("P2P_MAPS")
 TrajectoryIO = io.Custom("P2P_TRAJECTORY")
 
 
+def model_input() -> io.Input:
+    return io.Model.Input("model", tooltip="SD1.x, SD2.x or SDXL, with any LoRAs and patches already on it.")
+
+
 def edit_input() -> io.Input:
     return EditIO.Input("edit", tooltip="From Prompt Pair, or from a node that adds to its edit.")
 

@@ -63,7 +63,7 @@ class PromptToPrompt:
 
     def _inject_maps(self, call: Call, slots: Slots) -> None:
         """The source's maps, in the pair's own conditioning."""
-        plan = self._plan(call, self.edit)
+        plan = self._plan(call)
         cross = plan.cross[call.step]
         if cross is not None:
             rows, copies = call.rows(call.own), call.copies
@@ -110,14 +110,14 @@ class PromptToPrompt:
         return [(target.tau or self.tau).self_resolution for target in self.edit.targets]
 
     def cross_step(self, call: Call) -> CrossStep | None:
-        return self._plan(call, self.edit.without_gain()).cross[call.step]
+        return self._plan(call, gain=False).cross[call.step]
 
     def reads(self, call: Call, grids: dict[BlockKey, float]) -> set[Slot] | None:
         if any(self._mutual_weights(call)):
             return None
         read: set[Slot] = set()
         if call.own:
-            plan = self._plan(call, self.edit)
+            plan = self._plan(call)
             cross, weights = plan.cross[call.step], plan.self_[call.step]
             if cross is not None and cross.moved is not None:
                 read |= {("attn2", block) for block in self.blocks}
@@ -126,10 +126,11 @@ class PromptToPrompt:
                 read |= {("attn1", block) for block in self.blocks if grids.get(block, 0.0) <= cap}
         return read
 
-    def _plan(self, call: Call, edit: Edit) -> Plan:
-        plain = all(bool((target.gain == 1.0).all()) for target in edit.targets)
-        key = ("plan", call.length, call.x.device, call.x.dtype, plain)
+    def _plan(self, call: Call, gain: bool = True) -> Plan:
+        """The run's plan, with the scales of re-weighted words or without them."""
+        key = ("plan", call.length, call.x.device, call.x.dtype, gain)
         if key not in call.run.made:
+            edit = self.edit if gain else self.edit.without_gain()
             call.run.made[key] = make_plan(
                 edit, self.tau, call.run.steps, call.length, call.x.device, call.x.dtype
             )

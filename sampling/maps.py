@@ -48,7 +48,7 @@ class WordMaps:
         Raises ValueError for a branch that is not there, WordNotFound, which lists the words.
         """
         self._check_branch(branch)
-        prompt = (self.edit.source.prompt, *(target.prompt for target in self.edit.targets))[branch]
+        prompt = self.edit.prompts[branch]
         wanted = split_words(words)
         if wanted:
             return wanted, [prompt.find(phrase) for phrase in wanted]

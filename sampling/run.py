@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..attention.inject import Rows, paired_rows, unpaired_rows
+from ..attention.inject import Rows, paired_rows
 from ..attention.schedule import step_of
 from .encode import KEY
 
@@ -130,8 +130,9 @@ class Call:
         if key not in self.run.made:
             offsets = [n * self.size for n in chunks]
             taking = [n for n in targets if active is None or active[n]]
-            make = unpaired_rows if known else paired_rows
-            self.run.made[key] = make(self.x.shape[0], targets, offsets, self.size, self.x.device, taking)
+            self.run.made[key] = paired_rows(
+                self.x.shape[0], targets, offsets, self.size, self.x.device, taking, known
+            )
         return self.run.made[key]
 
     def sources(self, slot: str, q: Tensor, k: Tensor, extra_options: dict) -> tuple[Tensor, Tensor]:
@@ -140,7 +141,7 @@ class Call:
         Those of the batch, or, where the sources are not in it, with the known ones behind. slot: "attn1" or
         "attn2". extra_options: of the host's replacement, which names the layer.
         """
-        layer = (slot, (*extra_options["block"][:2], extra_options["block_index"]))
+        layer = (slot, _block(extra_options))
         if self.part.known is not None:
             known = self.part.known.attention[layer]
             return (
@@ -155,8 +156,7 @@ class Call:
     def keep_grid(self, extra_options: dict, fraction: float) -> None:
         """Note the size of a layer's grid for later runs."""
         if self.part.kept is not None:
-            block = (*extra_options["block"][:2], extra_options["block_index"])
-            self.part.kept.grids[block] = fraction
+            self.part.kept.grids[_block(extra_options)] = fraction
 
     def _source_rows(self) -> Tensor:
         """The sources' rows in the pair's own chunks."""
@@ -167,6 +167,12 @@ class Call:
             rows = [start + row for start in starts for row in range(0, self.size, step)]
             self.run.made[key] = torch.tensor(rows, dtype=torch.long, device=self.x.device)
         return self.run.made[key]
+
+
+def _block(extra_options: dict) -> BlockKey:
+    """The transformer block that the host's replacement is called for."""
+    name, number = extra_options["block"][:2]
+    return name, number, extra_options["block_index"]
 
 
 def begin_call(x: Tensor, context: Any, options: dict, part: Part, network: Any) -> Call | None:
