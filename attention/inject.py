@@ -111,16 +111,17 @@ def cross_attention(
     attend_own: plain attention, called on the target rows for the second term where there is one.
     q (b, n, h d), k and v (b, L, h d); L holds the conditioning's t tokens `copies` times, and then tokens
     that another node appended inside this attention, which both branches share.
+    step: with an entry for each of rows.target (`CrossStep.by_row`).
     sources: the queries and keys that rows.origin speaks of, if they are not q and k themselves.
     """
     origins, origin_keys = sources or (q, k)
     values = v.index_select(0, rows.target)  # (r, L, h d)
-    own = None if step.own is None else _own_values(values, rows, step, copies)
+    own = None if step.own is None else _own_values(values, step.own, step.weight, copies)
     if step.moved is None:
         return attend(
             q, k, v.index_copy(0, rows.target, own if own is not None else torch.zeros_like(values))
         )
-    moved = _moved_values(values, rows, step.moved, step.weight, copies)
+    moved = _moved_values(values, step.moved, step.weight, copies)
     out = attend(
         origins.index_select(0, rows.origin),
         origin_keys.index_select(0, rows.origin),
@@ -132,33 +133,31 @@ def cross_attention(
     return out.index_add(0, rows.target, rest)
 
 
+def _moved_values(values: Tensor, moved: Tensor, weight: Tensor, copies: int) -> Tensor:
+    """M (from_source o V_t) for each copy of the conditioning, and weight o V_t for appended tokens."""
+    tokens = moved.shape[1]
+    text = torch.bmm(moved, values[:, :tokens])
+    return _with_appended(text.repeat(1, copies, 1) if copies > 1 else text, values, weight)
+
+
+def _own_values(values: Tensor, own: Tensor, weight: Tensor, copies: int) -> Tensor:
+    """own o V_t for each copy of the conditioning, and (1 - weight) o V_t for appended tokens."""
+    text = own.repeat(1, copies)
+    return _with_appended(text[:, :, None] * values[:, : text.shape[1]], values, 1.0 - weight)
+
+
+def _with_appended(text: Tensor, values: Tensor, weight: Tensor) -> Tensor:
+    """The text's values, (r, copies t, h d), and behind them the appended tokens', weighted."""
+    appended = values[:, text.shape[1] :]
+    return torch.cat([text, weight[:, None, None] * appended], dim=1) if appended.shape[1] else text
+
+
 def self_step(rows: Rows, weights: Sequence[float], dtype: torch.dtype) -> SelfStep:
     """rows: of the targets whose weight is above 0. weights: one for each target, from 0 to 1."""
     if all(weight in (0.0, 1.0) for weight in weights):
         return SelfStep(rows, None)
     table = torch.tensor(weights, dtype=torch.float64).to(dtype).to(rows.branch.device)
     return SelfStep(rows, table.index_select(0, rows.branch))
-
-
-def _moved_values(values: Tensor, rows: Rows, moved: Tensor, weight: Tensor, copies: int) -> Tensor:
-    """M (from_source o V_t) for each copy of the conditioning, and weight o V_t for appended tokens."""
-    tokens = moved.shape[1]
-    copy = torch.bmm(moved.index_select(0, rows.branch), values[:, :tokens])
-    return torch.cat([*[copy] * copies, _per_row(weight, rows) * values[:, copies * tokens :]], dim=1)
-
-
-def _own_values(values: Tensor, rows: Rows, step: CrossStep, copies: int) -> Tensor:
-    """own o V_t for each copy of the conditioning, and (1 - weight) o V_t for appended tokens."""
-    assert step.own is not None
-    own = repeat(step.own, "N t -> N (c t) 1", c=copies).index_select(0, rows.branch)
-    text = own.shape[1]
-    rest = 1.0 - _per_row(step.weight, rows)
-    return torch.cat([own * values[:, :text], rest * values[:, text:]], dim=1)
-
-
-def _per_row(weight: Tensor, rows: Rows) -> Tensor:
-    """(N,) by target -> (r, 1, 1) by row."""
-    return weight.index_select(0, rows.branch)[:, None, None]
 
 
 def self_attention(

@@ -27,6 +27,17 @@ class CrossStep:
     own: Tensor | None
     weight: Tensor
 
+    def by_row(self, branch: Tensor) -> CrossStep:
+        """With an entry for each row that is a target's, in place of one for each target.
+
+        branch: (r,) the number of each row's target.
+        """
+        moved, own, weight = (
+            None if table is None else table.index_select(0, branch)
+            for table in (self.moved, self.own, self.weight)
+        )
+        return CrossStep(moved, own, weight)
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:

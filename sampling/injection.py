@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..attention.edit import Edit
 from ..attention.features import mutual_self_attention
-from ..attention.inject import SelfStep, cross_attention, self_attention, self_step
+from ..attention.inject import Rows, SelfStep, cross_attention, self_attention, self_step
 from ..attention.plan import CrossStep, Plan, make_plan
 from ..attention.schedule import TauSchedule
 from .run import BlockKey, Call
@@ -67,10 +67,11 @@ class PromptToPrompt:
         cross = plan.cross[call.step]
         if cross is not None:
             rows, copies = call.rows(call.own), call.copies
+            step = _cross_step(call, rows, cross)
             slots.fill(
                 "attn2",
                 lambda attend, attend_own, q, k, v, extra: cross_attention(
-                    attend, attend_own, q, k, v, rows, cross, copies, call.sources("attn2", q, k, extra)
+                    attend, attend_own, q, k, v, rows, step, copies, call.sources("attn2", q, k, extra)
                 ),
             )
         weights = plan.self_[call.step]
@@ -152,6 +153,13 @@ def check_pixels(q: Tensor, k: Tensor, remedy: str) -> None:
             "Another node merges pixels for self-attention (ToMe), differently for source and target, in a "
             f"layer in which the source's self-attention is injected. {remedy}, or take the other node out."
         )
+
+
+def _cross_step(call: Call, rows: Rows, cross: CrossStep) -> CrossStep:
+    key = ("cross", rows, cross)
+    if key not in call.run.made:
+        call.run.made[key] = cross.by_row(rows.branch)
+    return call.run.made[key]
 
 
 def _self_step(call: Call, chunks: tuple[int, ...], weights: tuple[float, ...], like: Tensor) -> SelfStep:

@@ -122,7 +122,9 @@ def injected(edit, tau, step, steps, q, k, v, offset, pairs, length, copies=1):
     rows = paired_rows(q.shape[0], range(len(edit.targets)), [offset], pairs * edit.branches, q.device)
     plan = make_plan(edit, tau, steps, length, q.device, q.dtype)
     cross = plan.cross[step]
-    return attend(q, k, v) if cross is None else cross_attention(attend, attend, q, k, v, rows, cross, copies)
+    if cross is None:
+        return attend(q, k, v)
+    return cross_attention(attend, attend, q, k, v, rows, cross.by_row(rows.branch), copies)
 
 
 def check(edit, tau, step=0, steps=10, pairs=1, uncond=0, copies=1, seed=0):
@@ -358,7 +360,7 @@ def example(dtype=torch.float64, fade=0.5, gain=-0.5):
     q, k, v = tensors(4, WINDOW, dtype=dtype)
     rows = paired_rows(4, range(1), [2], 2, q.device)
     step = make_plan(edit, TauSchedule(cross=Window(0, 0.5), fade=fade), 1, WINDOW, q.device, dtype).cross[0]
-    return q, k, v, rows, step
+    return q, k, v, rows, step.by_row(rows.branch)
 
 
 @pytest.mark.parametrize("fade", [0.0, 1.0])
