@@ -32,11 +32,15 @@ class CrossStep:
 
         branch: (r,) the number of each row's target.
         """
-        moved, own, weight = (
-            None if table is None else table.index_select(0, branch)
-            for table in (self.moved, self.own, self.weight)
+
+        def rows(table: Tensor) -> Tensor:
+            return table.index_select(0, branch)
+
+        return CrossStep(
+            None if self.moved is None else rows(self.moved),
+            None if self.own is None else rows(self.own),
+            rows(self.weight),
         )
-        return CrossStep(moved, own, weight)
 
 
 @dataclass(frozen=True, eq=False)

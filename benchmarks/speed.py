@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from inside import paths_table, work_table
 from measure import machine, write_section
 from models import Model, random_model
 from pack import ROOT, load_pack
@@ -29,6 +30,7 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 SOURCE, SWAP = "a cat riding a bicycle", "a cat riding a car"
 REFINED = "a watercolor of a cat riding a red bicycle"
 PLAIN, MATERIALISED = "plain batch", "materialised swap"
+INJECTED = ("swap", "swap, self-attention", "refine", "refine, tau per word", "re-weight")
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,21 @@ class Bench:
         model, positive = materialised(self.model.patcher, edit, tau)
         return Variant(model, positive, edit.branches)
 
+    def by_default(self) -> dict[str, Variant]:
+        """Edits at the default tau."""
+        from p2p.attention.schedule import TauSchedule, parse_word_windows
+
+        swap, refine, tau = self.edit(SOURCE, SWAP), self.edit(SOURCE, REFINED), TauSchedule()
+        return {
+            PLAIN: self.plain(swap),
+            "swap": self.ours(swap, tau),
+            "refine": self.ours(refine, tau),
+            "refine, tau per word": self.ours(refine, replace(tau, words=parse_word_windows("bicycle: 0.4"))),
+            "re-weight": self.ours(swap.reweighted("cat", 2.0), tau),
+        }
+
     def variants(self) -> dict[str, Variant]:
-        """Every kind of edit with one target."""
+        """Every kind of edit with one target, injected in all steps."""
         from p2p.attention.blend import LocalBlend
         from p2p.attention.schedule import parse_word_windows
 
@@ -148,8 +163,8 @@ class Bench:
         weights = sum(p.nbytes for p in self.model.patcher.model.diffusion_model.parameters())
         return weights + max(totals) - min(totals[0], 0)
 
-    def calls(self, variant: Variant, size: int) -> dict[str, int]:
-        """Attention calls of a step, and rows in them, by the host's own hook around attention."""
+    def calls(self, variant: Variant, size: int, steps: int = 1) -> dict[str, int]:
+        """Attention calls of a run, and rows in them, by the host's own hook around attention."""
         counted = {"calls": 0, "rows": 0}
 
         def count(attention: Callable, q: Any, *args: Any, **kwargs: Any) -> Any:
@@ -160,7 +175,7 @@ class Bench:
         model = variant.model.clone()
         options = model.model_options.setdefault("transformer_options", {})
         options["optimized_attention_override"] = count
-        self.run(replace(variant, model=model), size, 1)
+        self.run(replace(variant, model=model), size, steps)
         return counted
 
 
@@ -267,27 +282,6 @@ def edits_table(bench: Bench, title: str, size: int, plan: Plan, names: Sequence
     return "\n".join([heading, "", *table(results), *goals(results)])
 
 
-def targets_table(bench: Bench, title: str, size: int, plan: Plan) -> str:
-    """Swaps of 1 to 8 targets, each against the plain batch of as many rows."""
-    lines = [
-        f"**{title}, {size} px, targets**",
-        "",
-        "| targets | swap, time | range | refine, time | range |",
-    ]
-    lines.append("|---|---|---|---|---|")
-    for count in (1, 2, 4, 8):
-        swap, refine = (bench.edit(SOURCE, *[text] * count) for text in (SWAP, REFINED))
-        variants = {
-            PLAIN: bench.plain(swap),
-            "swap": bench.ours(swap, schedule(1.0, 0.0)),
-            "refine": bench.ours(refine, schedule(1.0, 0.0)),
-        }
-        found = compare(bench, variants, size, plan)
-        cells = [f"{found[name].ratio:.3f} | {found[name].spread}" for name in ("swap", "refine")]
-        lines.append(f"| {count} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def reuse_table(bench: Bench, title: str, size: int, plan: Plan) -> str:
     """A further edit of a source whose run was kept, against the same edit as a fresh pair; whole runs."""
     from p2p.sampling.reuse import CACHE, GIGABYTE
@@ -325,17 +319,16 @@ def reuse_table(bench: Bench, title: str, size: int, plan: Plan) -> str:
     return "\n".join([*lines, "", f"Kept in host memory: {kept / GIGABYTE:.2f} GB."])
 
 
-def curves(bench: Bench, plan: Plan, path: Path) -> str:
-    """Cost against pixels and against tokens, of swap, refine and the materialised swap."""
+def curves(bench: Bench, title: str, plan: Plan, path: Path) -> str:
+    """Cost against pixels, tokens and targets, of swap, refine and the materialised swap."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    def at(size: int, words: int) -> dict[str, Result]:
-        more = " and a tree" * words
-        swap, refine = (bench.edit(SOURCE + more, text + more) for text in (SWAP, REFINED))
-        tau = schedule(1.0, 0.0)
+    def at(size: int = 128, words: int = 0, targets: int = 1) -> dict[str, Result]:
+        more, tau = " and a tree" * words, schedule(1.0, 0.0)
+        swap, refine = (bench.edit(SOURCE + more, *[text + more] * targets) for text in (SWAP, REFINED))
         variants = {
             PLAIN: bench.plain(swap),
             "swap": bench.ours(swap, tau),
@@ -344,23 +337,30 @@ def curves(bench: Bench, plan: Plan, path: Path) -> str:
         }
         return compare(bench, variants, size, plan)
 
-    sizes, words = (128, 256, 384), (0, 30, 55)
-    by_size = [at(size, 0) for size in sizes]
-    by_tokens = [by_size[0], *(at(sizes[0], count) for count in words[1:])]
-    tokens = [77 * (n + 1) for n in range(len(words))]
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained", sharey=True)
-    for axis, x, results, label in (
-        (axes[0], sizes, by_size, "picture's side, px (77 tokens)"),
-        (axes[1], tokens, by_tokens, f"tokens ({sizes[0]} px)"),
-    ):
+    first = at()
+    panels = {
+        "picture's side, px (77 tokens, 1 target)": {128: first, 256: at(256), 384: at(384)},
+        "tokens (128 px, 1 target)": {77: first, 154: at(words=30), 231: at(words=55)},
+        "targets (128 px, 77 tokens)": {1: first, **{count: at(targets=count) for count in (2, 4, 8)}},
+    }
+    figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.4), layout="constrained", sharey=True)
+    lines = [f"**{title}, {plan.rounds} rounds of {plan.steps} timed steps**", ""]
+    lines += [f"![Cost against pixels, tokens and targets](benchmarks/{path.name})"]
+    for axis, (label, found) in zip(axes, panels.items(), strict=True):
+        lines += ["", f"| {label} | plain batch, s | swap | refine | {MATERIALISED} |"]
+        lines += ["|---|---|---|---|---|"]
+        for x, results in found.items():
+            cells = [f"{one.ratio:.3f} ({one.spread})" for name, one in results.items() if name != PLAIN]
+            lines.append(f"| {x} | {results[PLAIN].seconds:.2f} | {' | '.join(cells)} |")
         for name in ("swap", "refine", MATERIALISED):
-            axis.plot(x, [found[name].ratio for found in results], marker="o", ms=4, label=name)
+            ratios = [results[name].ratio for results in found.values()]
+            axis.plot(list(found), ratios, marker="o", ms=4, label=name)
         axis.axhline(1.0, color="gray", lw=0.8)
-        axis.set(xlabel=label, xticks=x)
+        axis.set(xlabel=label, xticks=list(found))
     axes[0].set_ylabel("time, plain batch = 1")
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=80)
-    return f"![Cost against pixels and tokens](benchmarks/{path.name})"
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -368,7 +368,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--page", action="store_true", help="write docs/benchmarks.md")
-    names = ["edits", "targets", "curves", "sdxl", "reuse"]
+    names = ["edits", "paths", "work", "curves", "sdxl", "reuse"]
     parser.add_argument("--only", choices=names, help="one part of the page")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="timed at a time")
@@ -390,9 +390,17 @@ def main() -> None:
     folder.mkdir(exist_ok=True)
     parts: dict[str, Callable[[], str]] = {
         "edits": lambda: edits_table(bench("SD1.5"), "SD1.5's U-Net", options.size or 512, plan),
-        "targets": lambda: targets_table(bench("SD1.5"), "SD1.5's U-Net", 128, plan),
+        "paths": lambda: paths_table(bench("SD1.5"), bench("SD1.5").by_default(), "SD1.5's U-Net"),
+        "work": lambda: work_table(
+            bench("SD1.5"),
+            {name: bench("SD1.5").variants()[name] for name in INJECTED},
+            "SD1.5's U-Net",
+            options.size or 512,
+            plan.steps,
+            now,
+        ),
         "reuse": lambda: reuse_table(bench("SD1.5"), "SD1.5's U-Net", options.size or 512, plan),
-        "curves": lambda: curves(bench("SD1.5"), plan, folder / "speed.png"),
+        "curves": lambda: curves(bench("SD1.5"), "SD1.5's U-Net", plan, folder / "speed.png"),
         "sdxl": lambda: edits_table(
             bench("SDXL"), "SDXL's U-Net", options.size or 512, plan, [PLAIN, "swap", "refine", MATERIALISED]
         ),
