@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from comfy.sd1_clip import escape_important, token_weights, unescape_important
 
 from ..attention.edit import Edit, Source
 from ..attention.prompt import WORD_END, Prompt, read_prompt, spell
@@ -41,9 +41,9 @@ def read(clip: Any, text: str, role: str) -> Prompt:
     clip: a ComfyUI CLIP object, of which only `tokenize` and `tokenizer` are used.
     """
     check_prompt(text, role)
-    inversions = _inversions(clip, text)
-    missing = tuple(name for name, found in inversions if not found)
-    prompt = read_prompt(text, _pieces(clip, text, [name for name, found in inversions if found]), missing)
+    encoders, inversions = _tokenize(clip, text)
+    pieces = _pieces(clip, encoders, [name for name, found in inversions if found])
+    prompt = read_prompt(text, pieces, tuple(name for name, found in inversions if not found))
     if not prompt.words:
         raise ValueError(f'The {role} prompt "{text}" has no word that the text encoder reads.')
     return prompt
@@ -60,12 +60,46 @@ def add_target(clip: Any, edit: Edit, target: str, mode: str) -> Edit:
     return edit.with_target(prompt, mode, conditioning)
 
 
-def _pieces(clip: Any, text: str, inversions: list[str]) -> list[list[str]]:
+def _tokenize(clip: Any, text: str) -> tuple[dict, list[tuple[str, bool]]]:
+    """The host's tokens of a text, by encoder, and the textual inversions that it names, in order.
+
+    Which these are is for the host to say, whose versions read names differently: each name that its
+    tokenizers look up, and whether one of them found a file.
+    """
+    looked_up: list[list[tuple[str, bool]]] = []
+    clip = copy.copy(clip)
+    clip.tokenizer = copy.copy(clip.tokenizer)
+    for name, tokenizer in list(vars(clip.tokenizer).items()):
+        if hasattr(tokenizer, "_try_get_embedding"):
+            tokenizer = copy.copy(tokenizer)
+            looked_up.append([])
+            tokenizer._try_get_embedding = _noting(tokenizer._try_get_embedding, text, looked_up[-1])
+            setattr(clip.tokenizer, name, tokenizer)
+    encoders = clip.tokenize(text, return_word_ids=True)
+    each = zip(*filter(None, looked_up), strict=False)
+    return encoders, [(found[0][0], any(file for _, file in found)) for found in each]
+
+
+def _noting(look_up: Callable[[str], tuple], text: str, noted: list[tuple[str, bool]]) -> Callable:
+    """The host's look-up of a textual inversion, of which names and success are noted."""
+
+    def noting(rest: str) -> tuple:
+        """rest: the text from the name on. Later hosts give (vectors, name, text behind it)."""
+        found = look_up(rest) if rest.strip() else (None, "", "")
+        name = (found[1] if len(found) == 3 else rest.split()[0]).strip(",")
+        if not name:
+            raise ValueError(f'The prompt "{text}" has "{EMBEDDING}" without a name behind it.')
+        noted.append((EMBEDDING + name, found[0] is not None))
+        return found
+
+    return noting
+
+
+def _pieces(clip: Any, encoders: dict, inversions: list[str]) -> list[list[str]]:
     """The vocabulary's strings of a text's tokens, chunk by chunk; a textual inversion counts as one word.
 
-    inversions: the names of the text's textual inversions, in order.
+    encoders: the text's tokens. inversions: the names of its textual inversions, in order.
     """
-    encoders = clip.tokenize(text, return_word_ids=True)
     name = next((name for name in ("l", "h", "g") if name in encoders), None)
     if name is None or set(encoders) - {"l", "g", "h"}:
         raise ValueError(
@@ -98,7 +132,7 @@ def _inversion_pieces(words: list[int], inversions: list[str]) -> list[str]:
     """
     pieces, names = [], iter(inversions)
     for n, word in enumerate(words):
-        letters = spell(next(names)) if word not in words[:n] else ""
+        letters = spell(next(names, EMBEDDING)) if word not in words[:n] else ""
         pieces.append(letters + (WORD_END if word not in words[n + 1 :] else ""))
     return pieces
 
@@ -113,22 +147,3 @@ def _check_widths(clip: Any, encoder: str, chunks: list[list[tuple]], inversions
             f"{(widths - {expected}).pop()} numbers, but the text encoder {encoder} of this model takes "
             f"{expected}: it was made for another kind of model."
         )
-
-
-def _inversions(clip: Any, text: str) -> list[tuple[str, bool]]:
-    """The textual inversions that a text names, as the host reads them, and whether the host found a file."""
-    inversions = []
-    for segment, _ in token_weights(escape_important(text), 1.0):
-        before, *parts = re.split(f"[ \n]{EMBEDDING}", unescape_important(segment))
-        if before.startswith(EMBEDDING):
-            parts.insert(0, before.removeprefix(EMBEDDING))
-        for part in parts:
-            if not part.strip():
-                raise ValueError(f'The prompt "{text}" has "{EMBEDDING}" without a name behind it.')
-            name = EMBEDDING + part.split()[0].strip(",")
-            alone = clip.tokenize(re.sub(r"([()])", r"\\\1", name), return_word_ids=True)
-            entries = [entry for chunks in alone.values() for chunk in chunks for entry in chunk]
-            is_text = any(entry[2] and not torch.is_tensor(entry[0]) for entry in entries)
-            if not is_text:
-                inversions.append((name, any(torch.is_tensor(entry[0]) for entry in entries)))
-    return inversions

@@ -20,12 +20,11 @@ class WordTokenizer(sd1_clip.SDTokenizer):
     """CLIP's tokenizer of the host, which reads no file: every textual inversion counts as one token."""
 
     def __init__(self, **kwargs: Any):
-        super().__init__(**{**kwargs, "embedding_directory": ""})
+        super().__init__(**{**kwargs, "embedding_directory": []})
 
-    def _try_get_embedding(self, embedding_name: str) -> tuple[torch.Tensor, str]:
-        name, *rest = embedding_name.split() or [""]
-        comma = name[len(name.rstrip(",")) :]
-        return torch.zeros(self.embedding_size), " ".join(filter(None, [comma, *rest]))
+    def _try_get_embedding(self, embedding_name: str) -> tuple:
+        _, *rest = super()._try_get_embedding(embedding_name)
+        return torch.zeros(self.embedding_size), *rest
 
 
 class WordReader:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,3 +41,33 @@ def studio(demo_model: tuple[Any, Any, Any]) -> Any:
 
     with torch.inference_mode():
         return Studio(*demo_model[:2])
+
+
+@pytest.fixture
+def later_textual_inversions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host's tokenizers as of ComfyUI 0.38: names follow any white space, and end at "<" and "[".
+
+    There, looking one up gives three values instead of two.
+    """
+    from comfy import sd1_clip
+
+    read = textwrap.dedent(inspect.getsource(sd1_clip.SDTokenizer.tokenize_with_weights))
+    look_up = sd1_clip.SDTokenizer._try_get_embedding
+    if "embed, embedding_name, leftover" in read:
+        return
+    for now, later in (
+        ("embed, leftover =", "embed, embedding_name, leftover ="),
+        ("re.split(' {0}|\\n{0}'.format(self.embedding_identifier)", "re.split('(?<=\\\\s)embedding:'"),
+    ):
+        assert now in read
+        read = read.replace(now, later)
+    made: dict[str, Any] = {}
+    exec(read, vars(sd1_clip), made)
+
+    def look_up_later(self: Any, rest: str) -> tuple:
+        name = re.split(r"[\s<\[]", rest, maxsplit=1)[0]
+        embed, left = look_up(self, f"{name} {rest.removeprefix(name)}")
+        return embed, name, left
+
+    monkeypatch.setattr(sd1_clip.SDTokenizer, "tokenize_with_weights", made["tokenize_with_weights"])
+    monkeypatch.setattr(sd1_clip.SDTokenizer, "_try_get_embedding", look_up_later)

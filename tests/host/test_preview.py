@@ -36,7 +36,10 @@ def test_the_preview_is_what_the_node_finds(demo_model, source, target, mode):
     assert asked(source=source, target=target, mode=mode) == shown
 
 
-def test_a_textual_inversion_is_one_word_though_no_file_is_read(caplog):
+@pytest.mark.parametrize("host", ["this", "later"])
+def test_a_textual_inversion_is_one_word_though_no_file_is_read(caplog, request, host):
+    if host == "later":
+        request.getfixturevalue("later_textual_inversions")
     with caplog.at_level(logging.WARNING):
         source, target, alignment = preview("a cat", "a cat, (embedding:ugly.pt, hat:1.2)", "auto")
     assert [word.text for word in target.words] == ["a", "cat", ",", "embedding:ugly.pt", ",", "hat"]

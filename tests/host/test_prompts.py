@@ -25,7 +25,7 @@ from p2p.tests.host.test_laws import naive_run
 PROPERTY = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Clip:
     """A CLIP object as far as words are concerned: the tokenizer of a model class, no encoder."""
 
@@ -280,7 +280,7 @@ def clip_with(folder, kind=comfy.sd1_clip.SD1Tokenizer):
     return Clip(kind(embedding_directory=folder))
 
 
-@pytest.mark.parametrize(
+NAMED = pytest.mark.parametrize(
     ("text", "words"),
     [
         ("a embedding:one cat", ["a", "embedding:one", "cat"]),
@@ -298,7 +298,35 @@ def clip_with(folder, kind=comfy.sd1_clip.SD1Tokenizer):
         ("cat " * 70 + "embedding:three " * 3, ["cat"] * 70 + ["embedding:three"] * 3),
     ],
 )
+
+
+@NAMED
 def test_textual_inversions_are_words_by_their_names(inversions, text, words):
+    check_inversions(inversions, text, words)
+
+
+@NAMED
+@pytest.mark.usefixtures("later_textual_inversions")
+def test_so_they_are_in_later_hosts(inversions, text, words):
+    check_inversions(inversions, text, words)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a cat,\tembedding:three", ["a", "cat", ",", "embedding:three"]),
+        ("a\u00a0embedding:one\rembedding:three", ["a", "embedding:one", "embedding:three"]),
+        ("embedding:one<x> cat", ["embedding:one", "<", "x", ">", "cat"]),
+        ("a embedding:three[red, embedding:one", ["a", "embedding:three", "[", "red", ",", "embedding:one"]),
+        ("embedding:lost[red", ["[", "red"]),
+    ],
+)
+@pytest.mark.usefixtures("later_textual_inversions")
+def test_names_follow_any_white_space_and_end_at_brackets_in_later_hosts(inversions, text, words):
+    check_inversions(inversions, text, words)
+
+
+def check_inversions(inversions, text, words):
     clip = clip_with(inversions)
     prompt, entries = read(clip, text, "source"), clip.entries(text)
     assert words_of(prompt) == words
@@ -349,9 +377,10 @@ def test_without_a_folder_of_textual_inversions_their_names_are_text():
     assert words_of(prompt) == ["a", "embedding", ":", "one", "cat"] and prompt.missing == ()
 
 
-def test_a_textual_inversion_without_a_name_is_refused(inversions):
+@pytest.mark.parametrize("text", ["a cat, embedding: ", "embedding:", "embedding:, a cat"])
+def test_a_textual_inversion_without_a_name_is_refused(inversions, text):
     with pytest.raises(ValueError, match='"embedding:" without a name'):
-        read(clip_with(inversions), "a cat, embedding: ", "target")
+        read(clip_with(inversions), text, "target")
 
 
 def test_a_textual_inversion_for_another_text_encoder_is_refused(inversions):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import comfy.sd1_clip
 import comfy.sdxl_clip
 import comfy.text_encoders.sd2_clip
@@ -14,18 +12,22 @@ from p2p.attention.alignment import align, token_mapping
 from p2p.sampling.encode import encode, start_edit
 
 
-def clip_of(tokenizer):
+class Clip:
     """A CLIP object as far as words are concerned: the tokenizer of a model class, no encoder."""
 
-    def tokenize(text, return_word_ids=False, **options):
-        return tokenizer.tokenize_with_weights(text, return_word_ids, **options)
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
 
-    return SimpleNamespace(tokenizer=tokenizer, tokenize=tokenize, encode_from_tokens_scheduled=lambda _: [])
+    def tokenize(self, text, return_word_ids=False, **options):
+        return self.tokenizer.tokenize_with_weights(text, return_word_ids, **options)
+
+    def encode_from_tokens_scheduled(self, tokens):
+        return []
 
 
-SD1 = clip_of(comfy.sd1_clip.SD1Tokenizer())
-SD2 = clip_of(comfy.text_encoders.sd2_clip.SD2Tokenizer())
-SDXL = clip_of(comfy.sdxl_clip.SDXLTokenizer())
+SD1 = Clip(comfy.sd1_clip.SD1Tokenizer())
+SD2 = Clip(comfy.text_encoders.sd2_clip.SD2Tokenizer())
+SDXL = Clip(comfy.sdxl_clip.SDXLTokenizer())
 CLIPS = {"SD1": SD1, "SD2": SD2, "SDXL": SDXL}
 clips = pytest.mark.parametrize("clip", CLIPS.values(), ids=CLIPS.keys())
 
@@ -108,7 +110,7 @@ def test_a_short_segment_that_moved_into_the_next_chunk_keeps_its_words():
 
 def test_a_textual_inversion_of_the_host_is_one_word_of_all_its_vectors(tmp_path):
     torch.save({"emb_params": torch.randn(3, 768)}, tmp_path / "mine.pt")
-    clip = clip_of(comfy.sd1_clip.SD1Tokenizer(embedding_directory=str(tmp_path)))
+    clip = Clip(comfy.sd1_clip.SD1Tokenizer(embedding_directory=str(tmp_path)))
     prompt = prompt_of("a embedding:mine cat, embedding:mine", clip)
     assert [word.text for word in prompt.words] == ["a", "embedding:mine", "cat", ",", "embedding:mine"]
     assert [word.tokens for word in prompt.words] == [(1,), (2, 3, 4), (5,), (6,), (7, 8, 9)]
@@ -116,7 +118,7 @@ def test_a_textual_inversion_of_the_host_is_one_word_of_all_its_vectors(tmp_path
 
 
 def test_a_text_encoder_without_clips_vocabulary_alone_is_refused_by_name():
-    sd3 = clip_of(comfy.text_encoders.sd3_clip.SD3Tokenizer())
+    sd3 = Clip(comfy.text_encoders.sd3_clip.SD3Tokenizer())
     with pytest.raises(ValueError, match="t5xxl.*SD1.x, SD2.x, SDXL"):
         encode(sd3, "a cat", "source")
 
