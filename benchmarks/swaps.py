@@ -43,7 +43,7 @@ def draw(model: Any, clip: Any, vae: Any, source: str, target: str, seed: int) -
                 model, edit, tau, negative, latent, seed, STEPS, CFG, SAMPLER, SCHEDULER, denoise=1.0
             )
         )
-    (sources, alone), (_, edited) = rows
+    (sources, alone, _), (_, edited, _) = rows
     return vae.decode(torch.cat([sources["samples"], alone["samples"], edited["samples"]]))
 
 

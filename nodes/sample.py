@@ -62,7 +62,7 @@ class PairedSampler(io.ComfyNode):
             display_name="Paired Sampler",
             category=CATEGORY,
             description="Denoises source and targets side by side from the same noise, injecting the "
-            "source's attention into the targets. Takes plain latents; a batch gives one pair per item.",
+            "source's attention into the targets. A batch of latents gives one pair per item.",
             inputs=[
                 model_input(),
                 edit_input(),
@@ -70,7 +70,10 @@ class PairedSampler(io.ComfyNode):
                 io.Conditioning.Input(
                     "negative", tooltip="The negative prompt, for source and targets alike."
                 ),
-                io.Latent.Input("latent", tooltip="An ordinary latent, not paired."),
+                io.Latent.Input(
+                    "latent",
+                    tooltip="An ordinary latent, or, for a second pass, the paired one of another sampler.",
+                ),
                 io.Int.Input(
                     "seed",
                     default=0,
@@ -116,6 +119,12 @@ class PairedSampler(io.ComfyNode):
                 io.Latent.Output("source", display_name="source"),
                 io.Latent.Output("targets", display_name="targets"),
                 MapsIO.Output("maps", display_name="maps"),
+                io.Latent.Output(
+                    "paired",
+                    display_name="paired",
+                    tooltip="Source and targets of each pair side by side: upscale it and connect it to "
+                    "another Paired Sampler for a second pass.",
+                ),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.unique_id],
         )
@@ -146,26 +155,24 @@ class PairedSampler(io.ComfyNode):
         reuse_gb: float = 0.0,
     ) -> io.NodeOutput:
         maps = MapsHandle(wanted=is_wired(cls.hidden, MAPS_OUTPUT))
-        return io.NodeOutput(
-            *sample_pairs(
-                model,
-                edit,
-                tau,
-                negative,
-                latent,
-                seed,
-                steps,
-                cfg,
-                sampler_name,
-                scheduler,
-                denoise,
-                blend,
-                trajectory,
-                maps,
-                reuse_gb,
-            ),
+        source, targets, paired = sample_pairs(
+            model,
+            edit,
+            tau,
+            negative,
+            latent,
+            seed,
+            steps,
+            cfg,
+            sampler_name,
+            scheduler,
+            denoise,
+            blend,
+            trajectory,
             maps,
+            reuse_gb,
         )
+        return io.NodeOutput(source, targets, maps, paired)
 
 
 class SplitBranches(io.ComfyNode):

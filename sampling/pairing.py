@@ -93,17 +93,58 @@ def seeing_images_of(negative: list, positive: list) -> list:
     return [[cond, {**seen, **options}] for cond, options in positive]
 
 
+PAIRED = "p2p_branches"
+"""In a LATENT that is paired: the branches of each pair."""
+
+
 def paired_latent(latent: dict, branches: int) -> dict:
-    """Repeat each item of a LATENT once per branch, with tied `batch_index`: a pair starts from one noise."""
+    """Repeat each item of a LATENT once per branch, with tied `batch_index`: a pair starts from one noise.
+
+    Raises ValueError if it is paired already.
+    """
+    if PAIRED in latent:
+        raise ValueError(
+            f"The latent is paired already, {latent[PAIRED]} branches to a pair; an ordinary one is expected."
+        )
+    return {**repeated_latent(latent, branches), PAIRED: branches}
+
+
+def repeated_latent(latent: dict, times: int) -> dict:
+    """A LATENT with each item `times` times in a row, and the items' numbers in `batch_index`."""
     samples = latent["samples"]
     items = samples.shape[0]
     index = latent.get("batch_index", range(items))
-    paired = {**latent, "samples": repeat(samples, "b ... -> (b n) ...", n=branches)}
-    paired["batch_index"] = [number for number in index for _ in range(branches)]
+    repeated = {**latent, "samples": repeat(samples, "b ... -> (b n) ...", n=times)}
+    repeated["batch_index"] = [number for number in index for _ in range(times)]
     mask = latent.get("noise_mask")
     if mask is not None and mask.ndim > 2:
-        paired["noise_mask"] = repeat(mask, "b ... -> (b n) ...", n=branches)
-    return paired
+        repeated["noise_mask"] = repeat(mask, "b ... -> (b n) ...", n=times)
+    return repeated
+
+
+def source_latent(latent: dict, branches: int) -> dict:
+    """The sources of a paired LATENT, as an ordinary one; an ordinary LATENT itself.
+
+    Raises ValueError for pairs of another number of branches.
+    """
+    if PAIRED not in latent:
+        return latent
+    rows = latent["samples"].shape[0]
+    if latent[PAIRED] != branches or rows % branches:
+        raise ValueError(
+            f"The latent has {rows} rows in pairs of {latent[PAIRED]} branches, but the edit has {branches} "
+            f"(1 source and {branches - 1} target{'s' if branches > 2 else ''}). Connect a latent that was "
+            "paired for the same edit, whole, or an ordinary one."
+        )
+    sources = {name: value for name, value in latent.items() if name not in (PAIRED, "batch_index")}
+    sources["samples"] = latent["samples"][::branches]
+    index = latent.get("batch_index", range(rows))[::branches]
+    if list(index) != list(range(len(index))):  # else what the host assumes without it
+        sources["batch_index"] = list(index)
+    mask = latent.get("noise_mask")
+    if mask is not None and mask.ndim > 2 and mask.shape[0] == rows:
+        sources["noise_mask"] = mask[::branches]
+    return sources
 
 
 def check_rows(rows: int, branches: int, what: str) -> None:

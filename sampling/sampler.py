@@ -17,7 +17,7 @@ from ..attention.edit import Edit
 from ..attention.schedule import TauSchedule
 from .controller import control
 from .maps import MapsHandle
-from .pairing import paired_latent, seeing_images_of, split_rows
+from .pairing import PAIRED, paired_latent, repeated_latent, seeing_images_of, source_latent, split_rows
 from .trajectory import Trajectory
 
 
@@ -37,16 +37,20 @@ def sample_pairs(
     trajectory: Trajectory | None = None,
     maps: MapsHandle | None = None,
     reuse: float = 0.0,
-) -> tuple[dict, dict]:
-    """Sample every item of an unpaired LATENT as a pair; with a trajectory, from its noise and not a seed's.
+) -> tuple[dict, dict, dict]:
+    """Sample every item of a LATENT as a pair; with a trajectory, from its noise and not a seed's.
 
-    Returns the sources' LATENT, item by item, and the targets', all targets of an item in a row.
+    latent: an ordinary one, which all branches start from, or a paired one (`pairing.PAIRED`), whose branches
+    start from their own rows: for second passes.
+    Returns the sources' LATENT, item by item, the targets', all targets of an item in a row, and all of them
+    as a paired one.
     """
     patched, positive = control(model, edit, tau, blend, trajectory, maps, reuse)
     positive = seeing_images_of(negative, positive)
-    items = comfy.sample.fix_empty_latent_channels(patched, latent["samples"])
-    noise = comfy.sample.prepare_noise(items, seed, latent.get("batch_index"))
-    paired = paired_latent({**latent, "samples": items}, edit.branches)
+    latent = {**latent, "samples": comfy.sample.fix_empty_latent_channels(patched, latent["samples"])}
+    items = source_latent(latent, edit.branches)
+    noise = comfy.sample.prepare_noise(items["samples"], seed, items.get("batch_index"))
+    paired = latent if PAIRED in latent else paired_latent(items, edit.branches)
     samples = comfy.sample.sample(
         patched,
         repeat(noise, "b ... -> (b n) ...", n=edit.branches),
@@ -65,8 +69,9 @@ def sample_pairs(
     )
     sources, targets = split_rows(samples, edit.branches)
     return (
-        {**latent, "samples": sources},
-        {**paired_latent(latent, len(edit.targets)), "samples": targets},
+        {**items, "samples": sources},
+        {**repeated_latent(items, len(edit.targets)), "samples": targets},
+        {**paired, "samples": samples},
     )
 
 

@@ -157,7 +157,7 @@ def test_a_run_agrees_with_a_naive_blend_on_materialised_maps(studio, size):
 def test_the_run_is_edited_within_the_region_and_only_there(studio, edit):
     handle = MapsHandle(wanted=True)
     arguments = (empty(2, 16, 16), 5, 4, 4.0, "euler", "normal", 1.0)
-    sources, targets = (
+    sources, targets, _ = (
         latent["samples"]
         for latent in sample_pairs(
             studio.model, edit, PART, studio.negative, *arguments, SOMEWHERE, None, handle
@@ -284,7 +284,7 @@ def test_pictures_equal_the_source_outside_the_region_as_far_as_the_decoder_lets
     negative = clip.encode_from_tokens_scheduled(clip.tokenize(""))
     arguments = (empty(1, 16, 16), seed, 10, 4.0, "euler", "normal", 1.0)
     blend = read_blend(new, old, "", 0.7, 0.2)
-    source, target = (
+    source, target, _ = (
         latent["samples"]
         for latent in sample_pairs(model, edit, TauSchedule(), negative, *arguments, blend, None, handle)
     )
