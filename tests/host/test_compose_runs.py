@@ -170,8 +170,8 @@ def test_controllers_in_a_chain_are_refused(studio):
     "Latents",
     "Paired Sampler, then a second pass (hires fix)",
     holds=ALL_LAWS,
-    note="Join its *source* and *targets* with *Latent Batch*, upscale, and sample with "
-    "*Attention Controller*'s model and positive; one pair at a time, or the rows are in another order.",
+    note="Its *paired* output, upscaled, goes into another *Paired Sampler* or, with *Attention Controller*'s "
+    "model and positive, into a stock sampler.",
 )
 @pytest.mark.parametrize("targets", [(TARGET,), (TARGET, "a castle")], ids=["one target", "two targets"])
 def test_a_second_pass_after_the_paired_sampler(studio, targets):
@@ -188,11 +188,10 @@ def test_a_second_pass_after_the_paired_sampler(studio, targets):
         s.sampler,
         s.scheduler,
         1.0,
-    ).args[:2]
-    joined = stock("comfy_extras.nodes_latent", "LatentBatch", samples1=first[0], samples2=first[1])
+    ).args[3]
     controlled, positive = AttentionController.execute(studio.model, edit, PART).args[:2]
     second = Settings(steps=3, denoise=0.5, seed=s.seed + 1)
-    found = ksampler(controlled, positive, studio.negative, graphs.upscaled(joined), second)
+    found = ksampler(controlled, positive, studio.negative, graphs.upscaled(first), second)
     twice = paired(studio, NEIGHBOURS["LatentUpscaleBy and a second pass (hires fix)"], edit, PART, "before")
     assert all(torch.equal(a, b) for a, b in zip(studio.split(edit, found), twice, strict=True))
 
