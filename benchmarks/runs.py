@@ -21,6 +21,8 @@ TAUS: dict[str, tuple[float, float, float]] = {
     "cross 0.8, self 0.0": (0.8, 0.0, 0.5),
     "cross 0.8, self 0.4 in all layers": (0.8, 0.4, 1.0),
     "cross 0.8, self 0.8 in all layers": (0.8, 0.8, 1.0),
+    "cross 0.6, self 0.8 in all layers": (0.6, 0.8, 1.0),
+    "cross 0.4, self 0.8 in all layers": (0.4, 0.8, 1.0),
     "self only, 0.4": (0.0, 0.4, 1.0),
     "self only, 0.8": (0.0, 0.8, 1.0),
 }
