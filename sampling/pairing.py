@@ -83,13 +83,21 @@ def _same_size(a: Tensor, b: Tensor) -> list[Tensor]:
     ]
 
 
-def seeing_images_of(negative: list, positive: list) -> list:
-    """The positive CONDITIONING with the image that the negative one was given for the model to see.
+SEEN = (("concat_latent_image", "concat_mask"), ("control", "control_apply_to_uncond"), ("gligen",))
+"""Options of a conditioning that the host's nodes, or the host itself, put on positive and negative alike."""
 
-    Inpainting and InstructPix2Pix models take it from the conditioning; the stock nodes put it on both.
+
+def seeing_images_of(negative: list, positive: list) -> list:
+    """The positive CONDITIONING with what the negative one was given for the model to see.
+
+    That is the image of inpainting and InstructPix2Pix models, the ControlNets and T2I-Adapters, and GLIGEN's
+    boxes; of each, what the first of several negatives with any has.
     """
-    given: dict[str, Any] = next((options for _, options in negative if "concat_latent_image" in options), {})
-    seen = {name: given[name] for name in ("concat_latent_image", "concat_mask") if name in given}
+    seen: dict[str, Any] = {}
+    given: dict[str, Any]
+    for names in SEEN:
+        given = next((options for _, options in negative if options.get(names[0]) is not None), {})
+        seen |= {name: given[name] for name in names if name in given}
     return [[cond, {**seen, **options}] for cond, options in positive]
 
 

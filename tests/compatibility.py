@@ -37,6 +37,9 @@ A dash: it does not apply. Where it does not hold, the note says why.
 Values that belong to the items of a batch (masks, ControlNet images, prompts of several rows) go to pairs:
 pair number 2 gets the second one on all of its branches. Only the controller's own positive is edited:
 negatives, other prompts on areas or masks, and extra passes of guidance nodes run untouched.
+
+ControlNets, T2I-Adapters, GLIGEN's boxes and inpainting images go on the negative of *Paired Sampler*; source and
+targets take them from there.
 """
 
 

@@ -78,7 +78,8 @@ class Neighbour:
     line: its line in docs/compatibility.md, if not its name; several neighbours may share one.
     model: changes the MODEL, before or after the controller. positive: changes the controller's CONDITIONING,
     or a plain run's; negative likewise. latent: changes the LATENT before it is paired. sample: the sampler
-    node. seeded: the node draws random numbers of its own.
+    node. seeded: the node draws random numbers of its own. shared: what Paired Sampler's negative is given in
+    place of `positive` or `sample`, for the pairs take it from there.
     fails: laws that do not hold, with the reason. acts: False where the node only must do no harm.
     plain_latent: of the plain run, where its latent is not just the unpaired one.
     """
@@ -96,6 +97,7 @@ class Neighbour:
     settings: Settings = Settings(steps=3)
     size: tuple[int, int, int] = (1, 8, 8)
     seeded: bool = False
+    shared: Change | None = None
     tau: TauSchedule = PART
     acts: bool = True
     tolerance: float = 2e-3
@@ -103,7 +105,7 @@ class Neighbour:
 
     @property
     def fits_paired_sampler(self) -> bool:
-        return not (self.positive or self.sample or self.settings.advanced)
+        return self.shared is not None or not (self.positive or self.sample or self.settings.advanced)
 
     @property
     def entry(self) -> Entry:
@@ -204,7 +206,8 @@ def by_paired_sampler(
     studio: Studio, neighbour: Neighbour, edit: Edit, tau: TauSchedule
 ) -> tuple[Tensor, Tensor]:
     model = neighbour.model(studio, studio.model) if neighbour.model else studio.model
-    negative = neighbour.negative(studio, studio.negative) if neighbour.negative else studio.negative
+    change = neighbour.shared or neighbour.negative
+    negative = change(studio, studio.negative) if change else studio.negative
     s, latent = neighbour.settings, latent_of(studio, neighbour)
     if neighbour.seeded:
         torch.manual_seed(0)

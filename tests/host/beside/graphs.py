@@ -206,7 +206,7 @@ add(
     "ConditioningZeroOut as negative",
     negative=lambda s, c: stock("nodes", "ConditioningZeroOut", conditioning=c),
 )
-add(kind, "GLIGENTextBoxApply", positive=boxes)
+add(kind, "GLIGENTextBoxApply", positive=boxes, shared=boxes)
 
 # Guiders
 
@@ -295,8 +295,8 @@ def controlled(
     )
 
 
-def with_control(*images: Tensor, start: float = 0.0, end: float = 1.0) -> Any:
-    """Sampler after one Apply ControlNet per image batch, on positive and negative."""
+def with_control(*images: Tensor, start: float = 0.0, end: float = 1.0) -> dict[str, Any]:
+    """One Apply ControlNet per image batch, on positive and negative; for Paired Sampler on its negative."""
 
     def sample(
         studio: Studio, model: Any, positive: list, negative: list, latent: dict, settings: Settings
@@ -305,7 +305,12 @@ def with_control(*images: Tensor, start: float = 0.0, end: float = 1.0) -> Any:
             positive, negative = controlled(studio, positive, negative, image, start, end)
         return ksampler(model, positive, negative, latent, settings)
 
-    return sample
+    def shared(studio: Studio, negative: list) -> list:
+        for image in images:
+            _, negative = controlled(studio, other(studio), negative, image, start, end)
+        return negative
+
+    return {"sample": sample, "shared": shared}
 
 
 class Adapter(torch.nn.Module):
@@ -331,20 +336,20 @@ def adapted(studio: Studio, positive: list) -> list:
 
 
 kind = "Control"
-add(kind, "ControlNetApplyAdvanced", sample=with_control(hints()))
-add(kind, "ControlNetApplyAdvanced from 0.2 to 0.6", sample=with_control(hints(), start=0.2, end=0.6))
-add(kind, "Two ControlNets in a row", sample=with_control(hints(), 1.0 - hints()))
+add(kind, "ControlNetApplyAdvanced", **with_control(hints()))
+add(kind, "ControlNetApplyAdvanced from 0.2 to 0.6", **with_control(hints(), start=0.2, end=0.6))
+add(kind, "Two ControlNets in a row", **with_control(hints(), 1.0 - hints()))
 add(
     kind,
     "A ControlNet image per item of the batch",
-    sample=with_control(hints(3)),
+    **with_control(hints(3)),
     size=(3, 8, 8),
     note="Each pair gets its item's image, on all of its branches.",
 )
 add(
     kind,
     "More ControlNet images than items",
-    sample=with_control(hints(3)),
+    **with_control(hints(3)),
     size=(2, 8, 8),
     note="As in a plain run, the rest is not used.",
 )
@@ -353,8 +358,9 @@ add(
     "T2I-Adapter with an image per item",
     origin="ComfyUI, with a small network of its own",
     positive=adapted,
+    shared=adapted,
     size=(2, 8, 8),
-    note="By *Apply ControlNet (OLD)*, on the positive only.",
+    note="By *Apply ControlNet (OLD)*, on one conditioning only.",
 )
 
 # Latents
@@ -462,8 +468,9 @@ add(
     "InpaintModelConditioning",
     positive=lambda s, c: inpainting(c)[0],
     negative=lambda s, c: inpainting(c)[0],
+    shared=lambda s, c: inpainting(c)[0],
     latent=lambda s, latent: inpainting([])[2],
-    note="Its latent goes through *Paired Latent*.",
+    note="Its latent goes through *Paired Latent*, or into *Paired Sampler*.",
 )
 add(kind, "SetLatentNoiseMask with a mask per item", latent=noise_masked(2), size=(2, 8, 8))
 add(
