@@ -36,16 +36,19 @@ def tied_noise_sampler(
 
     function: a sampler function of the host. noise: (pairs x branches, ...), for shape and device.
     """
-    sources = noise[::branches]
-    if any(user is k_diffusion.BrownianTreeNoiseSampler for user in _uses(function)):
-        cpu = not getattr(function, "__name__", "").endswith("_gpu")
-        positive = sigmas[sigmas > 0]
-        draw = k_diffusion.BrownianTreeNoiseSampler(sources, positive.min(), sigmas.max(), seed=seed, cpu=cpu)
-    else:
-        draw = k_diffusion.default_noise_sampler(sources, seed=seed)
+
+    @functools.cache
+    def of_sources() -> NoiseSampler:
+        """Made when it is first used: some cannot be made for a list of sigmas without a step."""
+        sources = noise[::branches]
+        if any(user is k_diffusion.BrownianTreeNoiseSampler for user in _uses(function)):
+            cpu = not getattr(function, "__name__", "").endswith("_gpu")
+            lowest = sigmas[sigmas > 0].min()
+            return k_diffusion.BrownianTreeNoiseSampler(sources, lowest, sigmas.max(), seed=seed, cpu=cpu)
+        return k_diffusion.default_noise_sampler(sources, seed=seed)
 
     def draw_tied(sigma: Any, sigma_next: Any) -> Tensor:
-        return repeat(draw(sigma, sigma_next), "b ... -> (b n) ...", n=branches)
+        return repeat(of_sources()(sigma, sigma_next), "b ... -> (b n) ...", n=branches)
 
     return draw_tied
 

@@ -23,6 +23,7 @@ from p2p.tests.host.runs import (
     assert_close,
     difference,
     empty,
+    picture,
     sampler_custom,
 )
 
@@ -89,6 +90,25 @@ def test_law_3_no_tau_edit_or_gain_changes_a_bit_of_the_source(studio, settings)
         changed_source, changed_target = studio.paired(changed_edit, tau, settings)
         assert torch.equal(changed_source, source)
         assert difference(changed_target, target) > EDITED
+
+
+@pytest.mark.parametrize("sigma", [0.0, 5.0])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_with_a_single_sigma_both_branches_are_what_the_host_makes_of_it(studio, name, sigma):
+    sampler, sigmas = comfy.samplers.sampler_object(name), torch.tensor([sigma])
+
+    def sample(model, positive, latent):
+        node = nodes_custom_sampler.SamplerCustom
+        return node.execute(model, True, 1, 4.0, positive, studio.negative, sampler, sigmas, latent).args[0]
+
+    try:
+        plain = sample(studio.model, studio.encode(SOURCE), picture())["samples"]
+    except Exception as error:
+        pytest.skip(f"The host's sampler fails: {error!r}")
+    edit = studio.edit(SOURCE, SOURCE)
+    model, positive = control(studio.model, edit, PART)
+    rows = sample(model, positive, studio.rows(edit, picture()))["samples"]
+    assert_close(rows, plain.repeat(2, 1, 1, 1))
 
 
 @pytest.mark.parametrize("name", ONE_RUN_IS_NOT_ITS_PART_OF_A_BATCH)
