@@ -38,8 +38,8 @@ Values that belong to the items of a batch (masks, ControlNet images, prompts of
 pair number 2 gets the second one on all of its branches. Only the controller's own positive is edited:
 negatives, other prompts on areas or masks, and extra passes of guidance nodes run untouched.
 
-ControlNets, T2I-Adapters, GLIGEN's boxes and inpainting images go on the negative of *Paired Sampler*; source and
-targets take them from there.
+ControlNets, T2I-Adapters, GLIGEN's boxes and inpainting images go on the negative of *Paired Sampler*; source
+and targets take them from there.
 """
 
 
