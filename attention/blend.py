@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .edit import Edit
 from .maps import Tokens
-from .prompt import WordNotFound, split_words
+from .prompt import WordNotFound, asked_in, split_words
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,25 +95,20 @@ def regions(blend: LocalBlend, edit: Edit) -> tuple[Regions, ...]:
 
     Raises WordNotFound for a phrase that is nowhere, ValueError for a target that has none of the words.
     """
-    source = [Region(0, edit.source.prompt.find(phrase)) for phrase in blend.source_words]
+    with asked_in("Local Blend, source_words"):
+        source = [Region(0, _find_in_source(edit, phrase)) for phrase in blend.source_words]
     include: list[list[Region]] = [list(source) for _ in edit.targets]
-    for phrase in blend.words:
-        for n, tokens in edit.find_in_targets(phrase).items():
-            include[n].append(Region(n + 1, tokens))
+    with asked_in("Local Blend, words"):
+        for phrase in blend.words:
+            places = edit.find_in_targets(phrase, advice="write it in source_words")
+            for n, tokens in places.items():
+                include[n].append(Region(n + 1, tokens))
     exclude: list[list[Region]] = [[] for _ in edit.targets]
-    for phrase in blend.exclude:
-        in_source = edit.source.prompt.contains(phrase)
-        try:
-            places = edit.find_in_targets(phrase)
-        except WordNotFound:
-            if not in_source:
-                raise
-            places = {}
-        for n, found in enumerate(exclude):
-            if in_source:
-                found.append(Region(0, edit.source.prompt.find(phrase)))
-            if n in places:
-                found.append(Region(n + 1, places[n]))
+    with asked_in("Local Blend, exclude"):
+        for phrase in blend.exclude:
+            places = _find_in_any(edit, phrase)
+            for n, found in enumerate(exclude, 1):
+                found += [Region(branch, places[branch]) for branch in (0, n) if branch in places]
     for n, found in enumerate(include):
         if blend.words and not found:
             raise ValueError(
@@ -121,6 +116,28 @@ def regions(blend: LocalBlend, edit: Edit) -> tuple[Regions, ...]:
                 f"{', '.join(blend.words)}; name words of every target, or words of the source."
             )
     return tuple(Regions(tuple(i), tuple(e)) for i, e in zip(include, exclude, strict=True))
+
+
+def _find_in_source(edit: Edit, phrase: str) -> tuple[int, ...]:
+    try:
+        return edit.source.prompt.find(phrase)
+    except WordNotFound as error:
+        if any(target.prompt.contains(phrase) for target in edit.targets):
+            raise WordNotFound(f"{error} A target has it; write it in words.") from None
+        raise
+
+
+def _find_in_any(edit: Edit, phrase: str) -> dict[int, tuple[int, ...]]:
+    """Token positions of a phrase by branch (0: source). Raises WordNotFound if it stands in none of them."""
+    places, errors = {}, []
+    for branch, prompt in enumerate(edit.prompts):
+        try:
+            places[branch] = prompt.find(phrase)
+        except WordNotFound as error:
+            errors.append(str(error))
+    if not places:
+        raise WordNotFound(" ".join(errors[:2]))
+    return places
 
 
 def tokens_of(found: Sequence[Regions], branches: int) -> Tokens:

@@ -108,10 +108,13 @@ class Edit:
         targets = (replace(target, gain=torch.ones_like(target.gain)) for target in self.targets)
         return replace(self, targets=tuple(targets))
 
-    def find_in_targets(self, phrase: str, target: int = 0) -> dict[int, tuple[int, ...]]:
+    def find_in_targets(
+        self, phrase: str, target: int = 0, advice: str = "name the word of the target that replaces it"
+    ) -> dict[int, tuple[int, ...]]:
         """Token positions of a phrase by index of target, in target number `target` or (0) in any.
 
-        Raises WordNotFound, which lists the words, if it stands in none of them.
+        Raises WordNotFound, which lists the words, if it stands in none of them; with the advice, if it
+        stands in the source.
         """
         found, error = {}, None
         for n, candidate in enumerate(self.targets):
@@ -121,6 +124,8 @@ class Edit:
                 except WordNotFound as missing:
                     error = error or missing
         if not found and error is not None:
+            if self.source.prompt.contains(phrase):
+                raise WordNotFound(f"{error} The source has it; {advice}.")
             raise error
         return found
 

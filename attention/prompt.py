@@ -6,7 +6,9 @@ import csv
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 REPLACEMENT = "\ufffd"
@@ -14,6 +16,15 @@ REPLACEMENT = "\ufffd"
 
 class WordNotFound(ValueError):
     """A word or phrase that a node asks for is not in the prompt."""
+
+
+@contextmanager
+def asked_in(widget: str) -> Iterator[None]:
+    """Say in a WordNotFound from inside which widget the word stands in."""
+    try:
+        yield
+    except WordNotFound as error:
+        raise WordNotFound(f"{widget}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -62,14 +73,15 @@ class Prompt:
         return self.chunks[-1].stop
 
     def occurrences(self, phrase: str) -> list[tuple[int, ...]]:
-        """Every place where `phrase` stands, as indices of words; white space and case do not matter.
+        """Every place where `phrase` stands, as indices of words; case, white space and `_` do not matter.
 
         The phrase may be written as in the prompt, weights and punctuation included: "(red hair:1.2)," is
         "red hair", unless just that is in the prompt.
         """
         plain = _squash(_without_weights(phrase))
         spellings = (_squash(phrase), plain, _without_punctuation(plain))
-        return next(filter(None, map(self._places, spellings)), [])
+        alone = [(n,) for n, word in enumerate(self.words) if word.text == phrase.strip()]
+        return next(filter(None, map(self._places, spellings)), alone)
 
     def _places(self, wanted: str) -> list[tuple[int, ...]]:
         texts = [_squash(word.text) for word in self.words]
@@ -109,12 +121,26 @@ class Prompt:
                 )
             places = places[n - 1 : n]
         if not places:
-            words = dict.fromkeys(word.text for word in self.words if not is_punctuation(word.text))
+            words = self._words_as_written()
+            wanted = (numbered[1] if numbered else phrase).strip().lower()
+            meant = [f'Did you mean "{word}"? ' for word in get_close_matches(wanted, words, 1, 0.7)]
             raise WordNotFound(
-                f'"{phrase.strip()}" is not in the prompt "{self.text}". '
+                f'"{phrase.strip()}" is not in the prompt "{self.text}". {"".join(meant)}'
                 f"Its words are: {', '.join(words) or '(none)'}."
             )
         return tuple(token for place in places for word in place for token in self.words[word].tokens)
+
+    def _words_as_written(self) -> list[str]:
+        """What stands between white space and commas, in lower case and each once: "1girl", "long_hair".
+
+        In scripts without spaces, the vocabulary's words.
+        """
+        text = _without_weights(self.text).lower()
+        parts = re.split(r"[\s,]+", text)
+        if any(map(_stands_alone, text)):
+            parts = [word.text for word in self.words]
+        words = dict.fromkeys(map(_without_punctuation, parts))
+        return [word for word in words if self.occurrences(word)]
 
 
 def read_prompt(text: str, pieces: Sequence[Sequence[str]], missing: tuple[str, ...] = ()) -> Prompt:
@@ -193,10 +219,12 @@ def spell(text: str) -> str:
 
 
 def _squash(text: str) -> str:
-    """Text without what does not matter: case, white space, invisible characters, width, file extensions."""
+    """Text without what does not matter: case, white space, `_`, invisible characters, width, extensions."""
     text = re.sub(r"(embedding:[^\s,]+?)\.(safetensors|pt|bin)(?![^\s,])", r"\1", text)
     folded = unicodedata.normalize("NFKC", text.lower())
-    return "".join(c for c in folded if not c.isspace() and unicodedata.category(c) not in ("Cc", "Cf"))
+    return "".join(
+        c for c in folded if not c.isspace() and c != "_" and unicodedata.category(c) not in ("Cc", "Cf")
+    )
 
 
 def _without_punctuation(text: str) -> str:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .prompt import asked_in
+
 if TYPE_CHECKING:
     from .edit import Edit, Target
 
@@ -84,8 +86,9 @@ class TauSchedule:
 
     def check_words(self, edit: Edit) -> None:
         """Raise WordNotFound for a word with a window of its own that is in none of the targets."""
-        for word, _ in self.words:
-            edit.find_in_targets(word)
+        with asked_in("tau Scheduler, words"):
+            for word, _ in self.words:
+                edit.find_in_targets(word)
 
     def cross_weights(self, target: Target, progress: float) -> Tensor:
         """Weight of the cross-attention window for each token of the target, (t,) float64 from 0 to 1."""
@@ -102,23 +105,29 @@ class TauSchedule:
         return self.self_.weight(progress, self.fade) if mode == self.self_mode else 0.0
 
 
+_WORD_WINDOW = re.compile(r"\s*(.+?)\s*:\s*(?:(\d*\.?\d+)\s*-\s*)?(\d*\.?\d+)\s*(?:,|$)")
+
+
 def parse_word_windows(text: str) -> tuple[tuple[str, Window], ...]:
-    """Read `word: end` or `word: start-end`, one per line.
+    """Read `word: end` or `word: start-end`, one per line or several separated by commas.
 
     Raises ValueError that quotes the line and says what was expected.
     """
     windows = []
     for line in filter(None, map(str.strip, text.splitlines())):
-        match = re.fullmatch(r"(.+?)\s*:\s*(?:(\d*\.?\d+)\s*-\s*)?(\d*\.?\d+)", line)
-        if match is None:
-            raise ValueError(
-                f'Cannot read the line "{line}"; '
-                'expected "word: end" or "word: start-end", like "hat: 0.2-0.6".'
-            )
-        try:
-            windows.append((match[1], Window(float(match[2] or 0.0), float(match[3]))))
-        except ValueError as error:
-            raise ValueError(f'In the line "{line}": {error}') from None
+        position = 0
+        while position < len(line):
+            match = _WORD_WINDOW.match(line, position)
+            if match is None:
+                raise ValueError(
+                    f'Cannot read the line "{line}"; expected "word: end" or "word: start-end" with '
+                    'fractions of the run from 0 to 1, like "hat: 0.2-0.6".'
+                )
+            try:
+                windows.append((match[1], Window(float(match[2] or 0.0), float(match[3]))))
+            except ValueError as error:
+                raise ValueError(f'In the line "{line}": {error}') from None
+            position = match.end()
     return tuple(windows)
 
 

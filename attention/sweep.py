@@ -65,7 +65,7 @@ def _tokens_to_scale(edit: Edit, words: str) -> list[int]:
     (target,) = edit.targets
     phrases = split_words(words)
     if phrases:
-        return [token for phrase in phrases for token in target.prompt.find(phrase)]
+        return [token for phrase in phrases for token in edit.find_in_targets(phrase)[0]]
     weighted = (target.gain != 1.0).nonzero().flatten().tolist()
     if weighted:
         return weighted

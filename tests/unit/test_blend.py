@@ -111,15 +111,20 @@ def test_words_are_found_in_their_prompts():
 @pytest.mark.parametrize(
     ("blend", "message"),
     [
-        (("zebra", "", ""), '"zebra" is not in the prompt "a dog on a mat". Its words are: a, dog'),
-        (("dog", "dog", ""), '"dog" is not in the prompt "a cat on a mat"'),
-        (("dog", "", "zebra"), '"zebra" is not in the prompt'),
+        (("zebra", "", ""), 'words: "zebra" is not in the prompt "a dog on a mat". Its words are: a, dog'),
+        (("dog", "dog", ""), 'source_words: "dog" is not in the prompt "a cat on a mat"'),
+        (("dog", "dog", ""), "A target has it; write it in words."),
+        (("cat", "", ""), 'words: "cat" is not in the prompt "a dog on a mat"'),
+        (("cat", "", ""), "The source has it; write it in source_words."),
+        (("dog", "", "zebra"), 'exclude: "zebra" is not in the prompt "a cat on a mat"'),
+        (("dog", "", "zebra"), '"zebra" is not in the prompt "a dog on a mat"'),
+        (("dog", "zebra", ""), "Its words are: a, cat, on, mat."),
     ],
 )
 def test_a_word_that_is_not_there_is_an_error_that_lists_the_words(blend, message):
     with pytest.raises(WordNotFound) as error:
         regions(read_blend(*blend, 0.3, 0.2), make_edit("a cat on a mat", "a dog on a mat"))
-    assert message in str(error.value)
+    assert message in str(error.value) and str(error.value).startswith("Local Blend, ")
 
 
 def test_a_target_that_has_none_of_the_words_is_an_error_that_names_it():

@@ -76,10 +76,12 @@ def test_a_word_of_another_target_than_the_chosen_is_an_error_that_lists_the_wor
         edit.reweighted("rug", 2.0, 1)
 
 
-def test_a_word_of_the_source_alone_is_an_error(edit):
+def test_a_word_of_the_source_alone_is_an_error_that_says_so(edit):
     only = Edit(edit.source).with_target(prompt_of("a dog on a mat"), "auto")
-    with pytest.raises(WordNotFound, match='"cat"'):
+    with pytest.raises(WordNotFound, match='"cat".* The source has it; name the word of the target'):
         only.reweighted("cat", 2.0)
+    with pytest.raises(WordNotFound, match=r"mat\.$"):
+        only.reweighted("zebra", 2.0)
 
 
 @pytest.mark.parametrize("scale", [2.1, -2.5, float("nan"), float("inf")])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 import pytest
 from p2p.attention.prompt import END, START, Word, WordNotFound, read_prompt, spell, split_words
 from p2p.tests.prompts import pieces_of, prompt_of
@@ -126,6 +129,71 @@ def test_a_word_that_is_not_found_is_an_error_that_lists_the_words():
         prompt_of("a cat , on a bi|cycle").find("dog")
     assert '"dog"' in str(error.value)
     assert str(error.value).endswith("Its words are: a, cat, on, bicycle.")
+
+
+def tags_of(text):
+    """A prompt cut as CLIP's tokenizer cuts it: letters, digits and other marks apart."""
+    words = re.findall(r"[a-z]+|[0-9]|[^\sa-z0-9]+", text.lower())
+    return replace(prompt_of(" ".join(words)), text=text)
+
+
+@pytest.mark.parametrize(
+    ("phrase", "tokens"),
+    [
+        ("long hair", (3, 4, 5)),
+        ("long_hair", (3, 4, 5)),
+        ("LONG_HAIR,", (3, 4, 5, 6)),
+        ("hair", (5, 9)),
+        ("short_hair", (7, 8, 9)),
+        ("short", (7,)),
+        ("(short hair:1.2)", (7, 8, 9)),
+        ("hair#2", (9,)),
+        ("_long_hair_", (3, 4, 5)),
+    ],
+)
+def test_an_underscore_is_white_space(phrase, tokens):
+    assert tags_of("1girl long_hair, short_hair").find(phrase) == tokens
+    assert tags_of("1girl long hair").contains("long_hair")
+
+
+def test_an_underscore_alone_is_the_word_that_it_is():
+    assert tags_of("1girl, long_hair").find("_") == (5,)
+    assert not tags_of("1girl, long_hair").contains("ong_hair")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("1girl, long_hair, hat", "1girl, long_hair, hat"),
+        ("a (red:1.3) ((Big)) cat, a cat", "a, red, big, cat"),
+        (r"saber \(fate\), it's 5%", "saber, fate, it's, 5"),
+        ("black-and-white. f/1.8", "black-and-white, f/1.8"),
+        ("...", "(none)"),
+    ],
+)
+def test_the_words_that_are_there_are_listed_as_they_were_written(text, words):
+    with pytest.raises(WordNotFound) as error:
+        tags_of(text).find("zebra")
+    assert str(error.value).endswith(f"Its words are: {words}.")
+    assert all(tags_of(text).contains(word) for word in words.split(", ") if word != "(none)")
+
+
+def test_characters_of_writing_without_spaces_are_listed_one_by_one():
+    letters = spelled("\u732b\u72ac")
+    prompt = read_prompt("\u732b\u72ac", [[START, *letters[:-1], letters[-1] + "</w>", END]])
+    with pytest.raises(WordNotFound, match="Its words are: \u732b, \u72ac."):
+        prompt.find("cat")
+
+
+@pytest.mark.parametrize(
+    ("phrase", "meant"),
+    [("dcuk", "duck"), ("Ducks", "duck"), ("long hiar", "long_hair"), ("dcuk#2", "duck"), ("zebra", None)],
+)
+def test_a_word_that_is_nearly_there_is_named(phrase, meant):
+    with pytest.raises(WordNotFound) as error:
+        tags_of("a duck with long_hair on a lake").find(phrase)
+    said = re.findall(r'Did you mean "(.*)"\?', str(error.value))
+    assert said == ([] if meant is None else [meant])
 
 
 def test_an_occurrence_that_is_not_there_is_an_error_that_says_how_many_there_are():

@@ -122,6 +122,18 @@ def test_numbers_of_the_schedule_out_of_range_are_refused(options):
         ("red hair: .1-.6\ncat#2: 1", (("red hair", Window(0.1, 0.6)), ("cat#2", Window(0, 1)))),
         ("hat: 0", (("hat", Window(0, 0)),)),
         ("3:00: 0.5", (("3:00", Window(0, 0.5)),)),
+        ("hat: 0.3,", (("hat", Window(0, 0.3)),)),
+        ("hat: 0.3,\ndog: 0.5 ,", (("hat", Window(0, 0.3)), ("dog", Window(0, 0.5)))),
+        ("dog:0.3, a: 0.5", (("dog", Window(0, 0.3)), ("a", Window(0, 0.5)))),
+        (
+            "dog: .1 - .3,red hat:1, cat#2: 0.2",
+            (
+                ("dog", Window(0.1, 0.3)),
+                ("red hat", Window(0, 1)),
+                ("cat#2", Window(0, 0.2)),
+            ),
+        ),
+        ("red, white and blue: 0.3", (("red, white and blue", Window(0, 0.3)),)),
     ],
 )
 def test_windows_of_words_are_read_line_by_line(text, windows):
@@ -130,12 +142,26 @@ def test_windows_of_words_are_read_line_by_line(text, windows):
 
 @pytest.mark.parametrize(
     "line",
-    ["hat", "hat 0.3", ": 0.3", "hat:", "hat: x", "hat: 0.2-", "hat: -0.2", "hat: 0.1-0.2-0.3", "hat: 0,3"],
+    [
+        "hat",
+        "hat 0.3",
+        ": 0.3",
+        "hat:",
+        "hat: x",
+        "hat: 0.2-",
+        "hat: -0.2",
+        "hat: 0.1-0.2-0.3",
+        "hat: 0,3",
+        "hat: 30%",
+        "hat: 0.3, dog",
+        "hat: 0.3,,",
+    ],
 )
 def test_a_line_that_cannot_be_read_is_quoted(line):
     with pytest.raises(ValueError) as error:
         parse_word_windows(f"dog: 0.5\n{line}")
     assert f'"{line}"' in str(error.value)
+    assert "fractions of the run from 0 to 1" in str(error.value)
 
 
 @pytest.mark.parametrize("line", ["hat: 1.5", "hat: 0.6-0.2", "hat: 3"])
@@ -181,8 +207,8 @@ def test_a_word_may_stand_in_one_of_several_targets():
 
 
 def test_a_word_that_no_target_has_is_an_error_that_lists_the_words():
-    with pytest.raises(WordNotFound, match="a, dog, on, mat"):
-        TauSchedule(words=(("cat", Window(0, 0)),)).check_words(edit_to("a dog on a mat"))
+    with pytest.raises(WordNotFound, match="^tau Scheduler, words: .* a, dog, on, mat"):
+        TauSchedule(words=(("zebra", Window(0, 0)),)).check_words(edit_to("a dog on a mat"))
 
 
 def test_self_attention_has_its_own_window():
