@@ -38,7 +38,12 @@ SET = """([type, values]) => {
   }
 }"""
 CHIPS = """() => [...document.querySelectorAll('.p2p-alignment .p2p-word')].map(
-  (chip) => [chip.parentElement.getAttribute('aria-label'), chip.textContent, chip.dataset.kind])"""
+  (chip) => [chip.dataset.side, chip.textContent, chip.dataset.kind])"""
+# What a long prompt's picture says, read from left to right.
+LIST = """() => [...document.querySelectorAll('.p2p-list > *')].map((part) => part.textContent).join(' ')"""
+# By how much the pictures' contents are taller than what can be seen of them.
+HIDDEN = """() => [...document.querySelectorAll('.p2p-scroll')].map(
+  (area) => area.scrollHeight - area.clientHeight)"""
 EDGES = """() => Object.fromEntries([...document.querySelectorAll('.p2p-edge')].map(
   (edge) => [edge.dataset.edge, Number(edge.getAttribute('aria-valuenow'))]))"""
 # The lowest contrast of a text with what lies behind it, as WCAG 2 defines it, and the text.
@@ -57,7 +62,8 @@ CONTRAST = """() => {
     const colour = getComputedStyle(element).backgroundColor;
     return rgb(colour)[3] === 255 ? colour : ground(element.parentElement);
   };
-  const texts = document.querySelectorAll('.p2p-word, .p2p-name, .p2p-status, .p2p text');
+  const texts = document.querySelectorAll(
+    '.p2p-word, .p2p-name, .p2p-fold, .p2p-comma, .p2p-arrow, .p2p-status, .p2p text');
   const found = [...texts].map((element) => {
     const style = getComputedStyle(element);
     const [a, b] = [light(element instanceof SVGElement ? style.fill : style.color), light(ground(element))];
@@ -140,6 +146,63 @@ def test_the_alignment_follows_typing(editor):
     assert "4 shared, 1 swapped, 2 new, 0 removed" in editor.page.locator(".p2p-status").inner_text()
     box(editor, "target").fill(SOURCE)
     wait_for_chips(editor, row("source", SOURCE, "shared " * 5) + row("target", SOURCE, "shared " * 5))
+
+
+TAGS = (
+    "masterpiece, best quality, 1girl, solo, long hair, (red hair:1.2), blue eyes, school uniform, smile, "
+    "outdoors, cherry blossoms, wind, petals, detailed background, very aesthetic, absurdres"
+)
+EDITED = TAGS.replace("red hair", "silver hair").replace("cherry blossoms", "autumn leaves") + ", glasses"
+
+
+def wait_for_list(editor, expected):
+    editor.page.wait_for_function(f"(expected) => ({LIST})() === expected", arg=expected)
+
+
+def test_a_long_prompt_is_a_list_of_its_edits_all_of_them_in_view(editor):
+    build(editor, ("P2PPromptPair", 100, 100, {"source": TAGS, "target": EDITED}, [400, 330]))
+    edits = (
+        "\u2026 8 shared red\u2192silver hair \u2026 6 shared cherryblossoms\u2192autumnleaves "
+        "\u2026 7 shared glasses"
+    )
+    wait_for_list(editor, edits)
+    assert "22 shared, 3 swapped, 1 new, 0 removed" in editor.page.locator(".p2p-status").inner_text()
+    editor.page.wait_for_timeout(300)  # until the page gave it the height that it asks for
+    assert editor.page.evaluate(HIDDEN) == [0]
+    assert editor.page.evaluate("() => app.graph.nodes[0].size[1]") <= 330
+    fold = editor.page.locator(".p2p-fold").nth(1)
+    fold.click()
+    opened = edits.replace("\u2026 6 shared", "6 shared , blue eyes , school uniform , smile , outdoors ,")
+    wait_for_list(editor, opened)
+    assert fold.get_attribute("aria-expanded") == "true"
+    editor.page.keyboard.press("ArrowRight")
+    assert editor.page.locator(".p2p-word:focus").inner_text() == "blue"
+    editor.page.keyboard.press("ArrowLeft")
+    editor.page.keyboard.press("Enter")
+    wait_for_list(editor, edits)
+
+
+def test_a_long_prompt_says_what_was_removed_where_it_stood(editor):
+    prompt = "a photograph of an old man with a hat sitting on a bench in a park beside a dog"
+    build(editor, pair(source=prompt, target=prompt.replace(" with a hat", "").replace("dog", "cat")))
+    wait_for_list(editor, "\u2026 6 shared with a hat \u2026 9 shared dog\u2192cat")
+
+
+def test_both_prompts_stay_named_once_they_are_written(editor, request):
+    if request.node.callspec.params["editor"] == "vue":
+        pytest.skip("the page draws text boxes itself there")
+    build(editor, pair(source=SOURCE, target=TARGET))
+    shown = editor.page.evaluate(
+        """() => {
+          const node = app.graph.nodes[0], said = [];
+          const context = new Proxy({}, {
+            get: (_, name) => (...given) => name === 'fillText' && said.push(given) });
+          node.onDrawForeground(context);
+          const boxes = node.widgets.filter((widget) => ['source', 'target'].includes(widget.name));
+          return said.map(([name, , y], n) => [name, y > boxes[n].y, y <= boxes[n].y + 10]);
+        }"""
+    )
+    assert shown == [["source", True, True], ["target", True, True]]  # in the margin above each box
 
 
 def test_the_alignment_follows_the_mode(editor):
@@ -321,6 +384,15 @@ def test_the_chart_follows_widgets_and_the_words_box(editor):
     editor.page.locator(".p2p-status").get_by_text("ends before it starts").wait_for()
 
 
+@pytest.mark.parametrize("words", ["", "hat: 0.3\nred hair: 0.1-0.65", "hat 0.3"])
+def test_the_whole_chart_is_in_view_in_the_smallest_node(editor, words):
+    build(editor, ("P2PTauScheduler", 700, 100, {"words": words}))
+    editor.page.evaluate("() => { const [tau] = app.graph.nodes; tau.setSize([400, tau.computeSize()[1]]); }")
+    editor.page.locator(".p2p-track").first.wait_for()
+    editor.page.wait_for_timeout(500)
+    assert editor.page.evaluate(HIDDEN) == [0]
+
+
 def test_an_edge_whose_value_is_linked_stays(editor):
     build(editor, schedule(), ("PrimitiveFloat", 100, 100, {"value": 0.3}))
     editor.page.evaluate(
@@ -362,6 +434,7 @@ def test_everything_is_legible_in_both_themes(editor, theme, request):
             pair(source=SOURCE + " on a beach", target="a dog riding a red sports car on a beach at night"),
             ("P2PAddTarget", 100, 560, {"target": "a cat riding"}, [460, 300]),
             schedule(fade=0.15, words="dog: 0.6\nred sports car: 0.2-0.9"),
+            ("P2PPromptPair", 1150, 100, {"source": TAGS, "target": EDITED}, [400, 330]),
         )
         editor.page.evaluate("() => app.graph.nodes[0].connect(0, app.graph.nodes[1], 'edit')")
         editor.page.wait_for_function("() => document.querySelectorAll('.p2p-word').length > 25")

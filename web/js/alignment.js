@@ -2,11 +2,18 @@
 // server reads them, and after a run, as the run read them.
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
-import { addPicture, follow, isLinked, make, redraw, svg, text, textsLoaded, widget } from "./shared.js";
+import {
+  addPicture, clamp, follow, isLinked, make, nameTextBoxes, redraw, svg, text, textsLoaded, widget,
+} from "./shared.js";
 
 const ROUTE = "/prompt-to-prompt/alignment";
 const PAUSE = 250; // ms without a change before the server is asked
 const HEIGHT = 130; // px, at least
+const TALLEST = 280; // px that the picture takes before the text boxes get more than they need
+const FRAME = 44; // px of the picture's height around its words: the page's margin, padding, the sentence below
+const LONG = 15; // words of a prompt up to which both prompts are written out
+const FOLDED = 3; // shared words in a row from which a long prompt folds them
+const CONTEXT = 2; // words of an edited tag that are shown beside what was edited
 
 const CHOICES = /\{[^{}]*\|[^{}]*\}/; // the page draws one of them when a graph is queued
 const COMMENTS = /\/\*[\s\S]*?\*\/|\/\/.*/g; // the page leaves them out of a prompt
@@ -66,15 +73,51 @@ function read(data) {
   return sides;
 }
 
+/** Whether a word only separates tags, as attention/tags.py has it. */
+const isComma = ({ text }) => /[,\uff0c\u3001]/.test(text) && !/[\p{L}\p{N}]/u.test(text);
+
+/**
+ * The edits that lead from one prompt to the other and the runs of shared words between them, in the target's order:
+ * {kind, source, target}, the latter two being indices of words. Tags that moved stand where the target has them.
+ */
+function edits({ source, target }, pairings) {
+  const found = pairings.map((pairing) => ({
+    kind: pairing.swapped ? "swapped" : "shared",
+    source: [...pairing.source],
+    target: [...pairing.target],
+    at: pairing.target[0],
+  }));
+  target.forEach((word, at) => {
+    if (word.kind === "new") found.push({ kind: "new", source: [], target: [at], at });
+  });
+  let at = -1; // of what the word before became
+  source.forEach((word, index) => {
+    if (word.kind === "removed") found.push({ kind: "removed", source: [index], target: [], at: at + 0.5 });
+    else at = Math.max(...word.partners);
+  });
+  const merged = [];
+  for (const next of found.sort((a, b) => a.at - b.at)) {
+    const last = merged.at(-1);
+    const follows = next.kind !== "swapped" || last?.source.at(-1) + 1 === next.source[0];
+    if (last?.kind === next.kind && follows) {
+      last.source.push(...next.source);
+      last.target.push(...next.target);
+    } else merged.push(next);
+  }
+  return merged;
+}
+
 class Picture {
   constructor() {
+    this.open = new Set(); // texts of the runs of shared words that were unfolded
+    this.height = 0; // px that the words and what surrounds them need
     this.status = make("div", { class: "p2p-status", role: "status" });
     this.words = make("div", { class: "p2p-words" });
     this.element = make("div", { class: "p2p p2p-alignment", role: "group", "data-capture-wheel": "true" });
     this.element.append(make("div", { class: "p2p-scroll" }, this.words), this.status);
-    this.chips = { source: [], target: [] };
+    this.forget();
     this.element.addEventListener("keydown", (event) => this.move(event));
-    new ResizeObserver(() => this.drawLines()).observe(this.element);
+    new ResizeObserver(() => this.arrange()).observe(this.element);
   }
 
   say(message, kind = "") {
@@ -86,48 +129,130 @@ class Picture {
   /** No alignment: only a message. */
   clear(message, kind) {
     this.words.replaceChildren();
-    this.chips = { source: [], target: [] };
+    this.forget();
     this.sides = undefined;
+    this.height = 0;
     this.say(message, kind);
+  }
+
+  forget() {
+    this.chips = { source: [], target: [] };
+    this.stops = []; // rows of what the arrow keys walk along
+    this.places = new Map(); // chip -> [side, index]
   }
 
   show(data) {
     this.sides = read(data);
     this.pairings = data.pairings;
-    const rows = ["source", "target"].map((side) => this.row(side));
-    this.lines = svg("svg", { class: "p2p-lines", "aria-hidden": "true" });
-    this.words.replaceChildren(this.lines, ...rows);
-    const count = (kind) => this.sides.target.filter((word) => word.kind === kind).length;
-    const removed = this.sides.source.filter((word) => word.kind === "removed").length;
+    const count = (side, kind) =>
+      this.sides[side].filter((word) => !isComma(word) && (!kind || word.kind === kind)).length;
     this.summary = text("summary", {
-      shared: count("shared"), swapped: count("swapped"), new: count("new"), removed,
+      shared: count("target", "shared"),
+      swapped: count("target", "swapped"),
+      new: count("target", "new"),
+      removed: count("source", "removed"),
     });
+    this.long = Math.max(count("source"), count("target")) > LONG;
+    this.draw();
     this.say(this.summary);
     this.element.setAttribute("aria-description", data.description);
-    this.drawLines();
+  }
+
+  /** Two rows joined by lines; long prompts as one list of edits, with what they share folded away. */
+  draw() {
+    this.forget();
+    this.lines = svg("svg", { class: "p2p-lines", "aria-hidden": "true" });
+    const rows = this.long ? [this.list()] : [this.lines, this.row("source"), this.row("target")];
+    this.words.replaceChildren(...rows);
+    for (const row of this.stops) for (const stop of row) stop.tabIndex = -1;
+    const first = this.stops.flat()[0];
+    if (first) first.tabIndex = 0;
+    this.arrange();
   }
 
   row(side) {
-    this.chips[side] = this.sides[side].map((word, index) => {
-      const chip = make("span", {
-        class: "p2p-word",
-        role: "listitem",
-        "data-kind": word.kind,
-        "aria-label": word.sentence,
-        title: word.sentence,
-        tabindex: side === "source" && index === 0 ? 0 : -1,
-      }, word.text);
-      const choose = () => this.choose(side, index);
-      const leave = () => this.choose();
-      chip.addEventListener("focus", choose);
-      chip.addEventListener("pointerenter", choose);
-      chip.addEventListener("blur", leave);
-      chip.addEventListener("pointerleave", leave);
-      return chip;
-    });
+    this.stops.push([]);
     return make("div", { class: "p2p-row", role: "list", "aria-label": text(side) },
       make("span", { class: "p2p-name", role: "presentation", "aria-hidden": "true" }, text(side)),
-      ...this.chips[side]);
+      ...this.sides[side].map((word, index) => this.word(side, index)));
+  }
+
+  /** A word as a chip that says what becomes of it; commas are no more than that. */
+  word(side, index) {
+    const word = this.sides[side][index];
+    if (isComma(word)) return make("span", { class: "p2p-comma", "aria-hidden": "true" }, word.text);
+    const chip = make("span", {
+      class: "p2p-word",
+      role: "listitem",
+      "data-side": side,
+      "data-kind": word.kind,
+      "aria-label": word.sentence,
+      title: word.sentence,
+    }, word.text);
+    const choose = () => this.choose(side, index);
+    const leave = () => this.choose();
+    chip.addEventListener("focus", choose);
+    chip.addEventListener("pointerenter", choose);
+    chip.addEventListener("blur", leave);
+    chip.addEventListener("pointerleave", leave);
+    this.chips[side][index] = chip;
+    this.places.set(chip, [side, index]);
+    this.stops.at(-1).push(chip);
+    return chip;
+  }
+
+  list() {
+    this.stops.push([]);
+    const found = edits(this.sides, this.pairings);
+    const parts = found.flatMap((edit, n) => {
+      const { kind, source, target } = edit;
+      if (kind === "shared") return this.run(target, found[n - 1], found[n + 1]);
+      const before = source.map((index) => this.word("source", index));
+      const after = target.map((index) => this.word("target", index));
+      if (kind !== "swapped") return [...before, ...after].filter((part) => this.places.has(part));
+      const arrow = make("span", { class: "p2p-arrow", "aria-hidden": "true" }, "\u2192");
+      return [make("span", { class: "p2p-swap", role: "presentation" }, ...before, arrow, ...after)];
+    });
+    return make("div", { class: "p2p-row p2p-list", role: "list", "aria-label": text("alignment") }, ...parts);
+  }
+
+  /** Shared words between two edits: folded, but for the rest of a tag that was edited. */
+  run(indices, before, after) {
+    const comma = (index) => isComma(this.sides.target[index]);
+    const touches = (edit, end) => {
+      const side = edit?.target.length ? "target" : "source";
+      return edit && !isComma(this.sides[side][edit[side].at(end)]);
+    };
+    const rest = (words) => {
+      const length = words.findIndex(comma);
+      return length > 0 && length <= CONTEXT ? length : 0;
+    };
+    const from = touches(before, -1) ? rest(indices) : 0;
+    const to = indices.length - (touches(after, 0) ? rest(indices.toReversed()) : 0);
+    const show = (words) => words.map((index) => this.word("target", index));
+    const middle = indices.slice(from, to);
+    if (from >= to || middle.filter((index) => !comma(index)).length < FOLDED) return show(indices);
+    return [...show(indices.slice(0, from)), ...this.fold(middle, show), ...show(indices.slice(to))];
+  }
+
+  /** A button that stands for words, and the words too once it was pressed. */
+  fold(indices, show) {
+    const words = indices.filter((index) => !isComma(this.sides.target[index]));
+    const key = words.map((index) => this.sides.target[index].text).join(" ");
+    const isOpen = this.open.has(key);
+    const label = text("folded", { count: words.length });
+    const button = make("button", {
+      class: "p2p-fold", type: "button", "aria-expanded": String(isOpen), "data-words": key, title: key,
+    }, isOpen ? label : `\u2026 ${label}`);
+    button.addEventListener("pointerdown", (event) => event.stopPropagation());
+    button.addEventListener("click", () => {
+      if (!this.open.delete(key)) this.open.add(key);
+      this.draw();
+      const again = this.stops.flat().find((stop) => stop.dataset.words === key);
+      this.stop(again);
+    });
+    this.stops.at(-1).push(button);
+    return [make("span", { role: "listitem" }, button), ...(isOpen ? show(indices) : [])];
   }
 
   /** Brings out the lines of one word and says what becomes of it; of no word without arguments. */
@@ -140,43 +265,57 @@ class Picture {
 
   /** Arrow keys walk along the words of a row and over to the other; one stop for the tabulator in all. */
   move(event) {
-    const [side, index] = this.place(document.activeElement);
-    if (side === undefined) return;
-    const row = this.chips[side];
-    const other = side === "source" ? "target" : "source";
-    const partner = this.sides[side][index].partners[0] ?? Math.min(index, this.chips[other].length - 1);
+    const now = document.activeElement;
+    const n = this.stops.findIndex((row) => row.includes(now));
+    if (n < 0) return;
+    const row = this.stops[n];
+    const at = row.indexOf(now);
     const next = {
-      ArrowLeft: row[index - 1],
-      ArrowRight: row[index + 1],
+      ArrowLeft: row[at - 1],
+      ArrowRight: row[at + 1],
       Home: row[0],
       End: row.at(-1),
-      ArrowUp: side === "target" ? this.chips.source[partner] : undefined,
-      ArrowDown: side === "source" ? this.chips.target[partner] : undefined,
+      ArrowUp: this.partner(now, this.stops[n - 1]),
+      ArrowDown: this.partner(now, this.stops[n + 1]),
     };
     if (!(event.key in next)) return;
     event.preventDefault();
     event.stopPropagation();
-    if (!next[event.key]) return;
-    document.activeElement.tabIndex = -1;
-    next[event.key].tabIndex = 0;
-    next[event.key].focus();
+    if (next[event.key]) this.stop(next[event.key]);
   }
 
-  place(chip) {
-    for (const side of ["source", "target"]) {
-      const index = this.chips[side].indexOf(chip);
-      if (index >= 0) return [side, index];
-    }
-    return [];
+  stop(next) {
+    for (const each of this.stops.flat()) each.tabIndex = each === next ? 0 : -1;
+    next.focus();
+  }
+
+  /** What a chip belongs to in the other row, else what stands at its place there. */
+  partner(chip, row) {
+    if (!row) return;
+    const [side, index] = this.places.get(chip);
+    const found = this.sides[side][index].partners.map((other) => this.chips[side === "source" ? "target" : "source"][other]);
+    return found.find((other) => row.includes(other)) ?? row[Math.min(index, row.length - 1)];
+  }
+
+  /** Follows the size that the page gave the words. */
+  arrange() {
+    if (!this.sides) return;
+    const height = this.words.offsetHeight + this.status.offsetHeight + FRAME;
+    if (height !== this.height) app.canvas.setDirty(true, true); // the page then lays the node out anew
+    this.height = height;
+    if (!this.long) this.drawLines();
   }
 
   drawLines() {
-    if (!this.sides) return;
     const paths = [];
+    const { source: sources, target: targets } = this.chips;
+    const wraps = [sources, targets].some((row) => new Set(row.map((chip) => chip.offsetTop)).size > 1);
+    this.words.toggleAttribute("data-wraps", wraps); // lines through words are shown for one word at a time
     for (const { source, target, swapped } of this.pairings)
       for (const from of source)
         for (const to of target) {
-          const [a, b] = [this.chips.source[from], this.chips.target[to]];
+          const [a, b] = [sources[from], targets[to]];
+          if (!a || !b) continue; // commas
           const [startX, startY] = [a.offsetLeft + a.offsetWidth / 2, a.offsetTop + a.offsetHeight];
           const [endX, endY] = [b.offsetLeft + b.offsetWidth / 2, b.offsetTop];
           const bend = Math.max(8, (endY - startY) / 2);
@@ -196,7 +335,9 @@ const runs = new WeakMap(); // node -> {count, data}: the alignment that its las
 function attach(node) {
   const picture = new Picture();
   const { element } = picture;
-  addPicture(node, "alignment", element, () => HEIGHT);
+  const tallest = (room) => Math.max(HEIGHT, Math.min(room, TALLEST));
+  addPicture(node, "alignment", element, (room) => clamp(picture.height, HEIGHT, tallest(room)));
+  if (node.comfyClass === "P2PPromptPair") nameTextBoxes(node, ["source", "target"]);
   let timer;
   let request;
 

@@ -56,6 +56,8 @@ export const textsLoaded = loaded.then(() => undefined);
 /** Names and tooltips of nodes in the page's language, as locales/LANGUAGE/nodeDefs.json has them. */
 export const nodeTexts = loaded.then((found) => found.nodeDefs);
 
+export const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
+
 export function widget(node, name) {
   return node?.widgets?.find((each) => each.name === name);
 }
@@ -130,17 +132,24 @@ function succeed(entry) {
   entry.last = undefined;
 }
 
-/** Adds a picture to a node, below its widgets: not a value, so in no workflow and no prompt. */
+/**
+ * Adds a picture to a node, below its widgets: not a value, so in no workflow and no prompt.
+ *
+ * height(room): px that it takes at least, where room is what the other widgets leave to it in a node that the page
+ * draws on its canvas.
+ */
 export function addPicture(node, name, element, height) {
+  let others = Infinity;
   const added = node.addDOMWidget(name, "prompt_to_prompt", element, {
     serialize: false,
     hideOnZoom: false,
-    getMinHeight: height,
+    getMinHeight: () => height(node.size[1] - others),
     getValue: () => "",
     setValue: () => {},
   });
   added.serialize = false;
   const [width, tall] = node.computeSize();
+  others = tall - height(-Infinity);
   node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], tall)]);
   element.addEventListener("wheel", (event) => forward(element, event), { passive: false });
   return added;
@@ -154,4 +163,19 @@ function forward(element, event) {
   if (scrolls && !event.ctrlKey && Math.abs(event.deltaY) >= Math.abs(event.deltaX)) return;
   event.preventDefault();
   app.canvas.processMouseWheel(event);
+}
+
+/** Names text boxes that lie on the page's canvas: a filled one does not say what it is for. */
+export function nameTextBoxes(node, names) {
+  const { onDrawForeground } = node;
+  node.onDrawForeground = function (context) {
+    onDrawForeground?.apply(this, arguments);
+    if (this.flags.collapsed || app.canvas.low_quality) return;
+    context.save();
+    context.font = "10px system-ui, sans-serif";
+    context.fillStyle = globalThis.LiteGraph.WIDGET_SECONDARY_TEXT_COLOR;
+    for (const each of names.map((name) => widget(this, name)))
+      if (each?.value && each.y && !isLinked(this, each.name)) context.fillText(each.label ?? each.name, 12, each.y + 8);
+    context.restore();
+  };
 }

@@ -1,7 +1,7 @@
 // tau Scheduler shows its windows over the run, from the first step to the last; their edges can be dragged.
 import { app } from "../../../scripts/app.js";
 import {
-  addPicture, follow, isLinked, make, redraw, rememberChange, setWidget, svg, text, textsLoaded, widget,
+  addPicture, clamp, follow, isLinked, make, redraw, rememberChange, setWidget, svg, text, textsLoaded, widget,
 } from "./shared.js";
 
 const NAMES = 78; // px for the names of the windows, left of the bars
@@ -9,21 +9,25 @@ const MARGIN = 10; // px right of them
 const ROW = 22; // px from one bar to the next
 const BAR = 14; // px, the height of a bar where the window acts fully
 const AXIS = 16; // px below the last bar
+const FRAME = 72; // px around the chart: the page's margin, padding, a sentence of two lines below
 const SHOWN = 4; // windows that fit without scrolling
 
 const FRACTIONS = ["cross_start", "cross_end", "self_start", "self_end", "fade"];
-const LINE = /^(.+?)\s*:\s*(?:(\d*\.?\d+)\s*-\s*)?(\d*\.?\d+)$/;
+const ENTRY = /\s*(.+?)\s*:\s*(?:(\d*\.?\d+)\s*-\s*)?(\d*\.?\d+)\s*(?:,|$)/gy;
 
 const round = (value) => Math.round(value * 100) / 100;
-const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
 
-/** The windows of the words box: one per line that can be read, with the number of its line. */
+/** The entries of a line of the words box, as attention/schedule.py reads them; none if it cannot be read. */
+function entriesOf(line) {
+  const entries = [...line.trim().matchAll(ENTRY)];
+  return entries.map((entry) => entry[0]).join("") === line.trim() ? entries : [];
+}
+
+/** The windows of the words box, each with the number of its line. */
 function wordWindows(words) {
-  return words.split("\n").flatMap((line, number) => {
-    const match = line.trim().match(LINE);
-    if (!match) return [];
-    return [{ kind: "word", name: match[1], line: number, start: Number(match[2] ?? 0), end: Number(match[3]) }];
-  });
+  return words.split("\n").flatMap((line, number) => entriesOf(line).map(([, name, start, end]) => (
+    { kind: "word", name, line: number, start: Number(start ?? 0), end: Number(end) }
+  )));
 }
 
 /** What the node's widgets say, and which of them a link overrides. */
@@ -87,12 +91,13 @@ class Timeline {
     this.drawing.setAttribute("height", this.windows.length * ROW + AXIS);
     this.rows = this.windows.map((window, row) => this.row(window, row));
     this.drawing.replaceChildren(...this.axis(), ...this.rows.map((row) => row.group));
+    app.canvas.setDirty(true, true); // the page then gives the node the height that the rows need
   }
 
   /** The sentence below the chart: what is wrong, else what the chart shows. */
   say() {
     const wrong = this.windows.find((window) => window.end < window.start || window.end > 1 || window.start > 1);
-    const unread = this.values.words.split("\n").find((line) => line.trim() && !LINE.test(line.trim()));
+    const unread = this.values.words.split("\n").find((line) => line.trim() && !entriesOf(line).length);
     const message = wrong
       ? text("wrong", { name: wrong.name })
       : unread ? text("unread", { line: unread.trim() })
@@ -184,9 +189,12 @@ class Timeline {
     const window = this.windows[row];
     const value = round(clamp(progress, ...limits(window, edge)));
     if (window.kind === "word") {
-      const changed = { ...window, [edge]: value };
       const lines = this.values.words.split("\n");
-      lines[window.line] = `${window.name}: ${changed.start ? `${changed.start}-` : ""}${changed.end}`;
+      lines[window.line] = this.windows
+        .filter((other) => other.kind === "word" && other.line === window.line)
+        .map((other) => (other === window ? { ...window, [edge]: value } : other))
+        .map(({ name, start, end }) => `${name}: ${start ? `${start}-` : ""}${end}`)
+        .join(", ");
       setWidget(this.node, "words", lines.join("\n"));
     } else setWidget(this.node, `${window.kind}_${edge}`, value);
     this.show(read(this.node), this.node);
@@ -232,7 +240,7 @@ app.registerExtension({
     if (node.comfyClass !== "P2PTauScheduler") return;
     const timeline = new Timeline();
     const rows = () => clamp(timeline.windows?.length ?? 2, 2, SHOWN);
-    addPicture(node, "timeline", timeline.element, () => rows() * ROW + AXIS + 36 + 20);
+    addPicture(node, "timeline", timeline.element, () => rows() * ROW + AXIS + FRAME);
     textsLoaded.then(() => redraw(timeline.element));
     follow(node, timeline.element, read, (...shown) => timeline.show(...shown));
   },
