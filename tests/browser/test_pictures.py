@@ -378,6 +378,10 @@ def test_the_chart_follows_widgets_and_the_words_box(editor):
     editor.page.locator('[data-edge="hat_start"]').focus()
     editor.page.keyboard.press("PageUp")
     assert values(editor)["words"] == "hat: 0.1-0.3\n\nred hair: 0.1-0.66"
+    editor.page.evaluate(SET, ["P2PTauScheduler", {"words": "hat: 0.3, dog: 0.5,"}])
+    editor.page.locator('[data-edge="dog_end"]').focus()
+    editor.page.keyboard.press("ArrowLeft")
+    assert values(editor)["words"] == "hat: 0.3, dog: 0.49"
     editor.page.evaluate(SET, ["P2PTauScheduler", {"words": "hat 0.3"}])
     editor.page.locator(".p2p-status").get_by_text('Cannot read the line "hat 0.3"').wait_for()
     editor.page.evaluate(SET, ["P2PTauScheduler", {"words": "", "self_start": 0.9}])
