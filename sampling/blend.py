@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,12 @@ class BlendState:
 
     blend: LocalBlend
     regions: tuple[Regions, ...]
+
+    def begin(self, run: Run, noise: Tensor, sampler: Any, denoise_mask: Tensor | None) -> None:
+        """Raise ValueError for another number of pairs than of masks."""
+        masks, pairs = self.blend.mask, run.shape[0] // run.branches
+        if masks is not None and len(masks) not in (1, pairs):
+            raise ValueError(f"Local Blend has {len(masks)} masks for {pairs} pairs; expected 1 or {pairs}.")
 
     def edit(self, x: Tensor, step: int, run: Run) -> None:
         if step == 0 or (step < run.steps and (step - 1) / run.steps < self.blend.start):
@@ -53,9 +60,5 @@ class BlendState:
             )
         if self.blend.mask is not None:
             given = self.blend.mask.to(mask)
-            if len(given) not in (1, pairs):
-                raise ValueError(
-                    f"Local Blend has {len(given)} masks for {pairs} pairs; expected 1 or {pairs}."
-                )
             mask = mask * F.interpolate(given[:, None], size, mode="bilinear", align_corners=False)
         return mask

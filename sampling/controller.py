@@ -33,7 +33,7 @@ from .pairing import check_rows, paired_conditioning, tie_rows, unguided_sources
 from .reuse import GIGABYTE, SourceForward, begin_reuse
 from .run import BlockKey, Part, Run, begin_call, run_of
 from .state import StateEdit, with_edited_state
-from .trajectory import Followed, Trajectory, follow
+from .trajectory import Trajectory, follow
 
 SUPPORTED = "SD1.x, SD2.x, SDXL and other models of ComfyUI's UNetModel class with cross-attention to text"
 
@@ -46,7 +46,6 @@ class Controller:
     blocks: the model's transformer blocks, with the downsampling of each.
     maps: where the words' maps go. reads: tokens whose maps `state` needs during the run, or None.
     state: what acts on the sampler's state between steps, in this order.
-    follows: the trajectory that the sources are kept on, one of `state`.
     unguided: whether the sources' positive conditioning is their negative one too.
     reuse: bytes of host memory in which the sources of runs are kept for later ones; 0 for none.
     mark: what tells this controller's conditioning from others.
@@ -58,7 +57,6 @@ class Controller:
     maps: MapsHandle
     reads: Tokens | None = None
     state: tuple[StateEdit, ...] = ()
-    follows: Followed | None = None
     unguided: bool = False
     reuse: int = 0
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -87,8 +85,8 @@ class Controller:
         """Begin the run: check the batch, tie the pair's initial noise; drop the run's state at the end."""
         check_rows(noise.shape[0], self.edit.branches, "The latent")
         run = Run(sigmas.tolist(), tuple(noise.shape), self.edit.branches, self._map_store())
-        if self.follows is not None:
-            self.follows.begin(run, noise, sampler, args[0] if args else kwargs.get("denoise_mask"))
+        for edit in self.state:
+            edit.begin(run, noise, sampler, args[0] if args else kwargs.get("denoise_mask"))
         guider = executor.class_obj
         if "context_handler" in guider.model_options:
             raise ValueError(
@@ -323,7 +321,6 @@ def control(
         maps or MapsHandle(),
         reads,
         tuple(state),
-        follows,
         unguided=follows is not None and follows.trajectory.reconstruction == "negative prompt",
         reuse=int(reuse * GIGABYTE),
     )

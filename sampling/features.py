@@ -149,6 +149,6 @@ def plug_and_play(
     )
     state = () if follows is None else (follows,)
     controller = Controller(
-        edit, injection, blocks, maps or MapsHandle(), None, state, follows, unguided=unguided
+        edit, injection, blocks, maps or MapsHandle(), None, state, unguided=unguided
     )
     return controlled(model, controller)

@@ -15,6 +15,13 @@ from .run import Run
 class StateEdit(Protocol):
     """Something that acts on the state of the sampler, not on a prediction."""
 
+    def begin(self, run: Run, noise: Tensor, sampler: Any, denoise_mask: Tensor | None) -> None:
+        """Raise ValueError, before the first step, for a run that it cannot act on.
+
+        noise, sampler, denoise_mask: what the run is given.
+        """
+        ...
+
     def edit(self, x: Tensor, step: int, run: Run) -> None:
         """Change rows of x in place.
 

@@ -107,7 +107,7 @@ class Followed:
     trajectory: Trajectory
 
     def begin(self, run: Run, noise: Tensor, sampler: Any, denoise_mask: Tensor | None) -> None:
-        """Raise ValueError, before the first step, for a run that cannot follow this trajectory."""
+        """Raise ValueError for a run that cannot follow this trajectory."""
         check_first_order(sampler)
         items, *size = self.trajectory.latents[0].shape
         if list(run.shape[1:]) != size:

@@ -200,8 +200,13 @@ def test_masks_may_be_one_for_each_pair(studio, edit):
     sources, targets = blended(studio, edit, read_blend("", "", "", 0.3, 0.2, 0.0, masks), latent=empty(2))
     assert torch.equal(targets[:2], sources[:1].expand(2, -1, -1, -1))
     assert difference(targets[2:], sources[1:].expand(2, -1, -1, -1)) > EDITED
-    with pytest.raises(ValueError, match="3 masks.*2 pairs"):
-        blended(studio, edit, read_blend("", "", "", 0.3, 0.2, 0.0, masks[[0, 1, 1]]), latent=empty(2))
+
+
+def test_a_wrong_number_of_masks_is_an_error_before_the_model_is_called(studio, edit, monkeypatch):
+    monkeypatch.setattr(studio.model.model, "apply_model", None)
+    blend = read_blend("", "", "", 0.3, 0.9, 0.0, torch.ones(3, 8, 8))
+    with pytest.raises(ValueError, match="3 masks.*2 pairs.*1 or 2"):
+        blended(studio, edit, blend, latent=empty(2))
 
 
 def test_a_later_start_lets_the_target_move_further(studio):
