@@ -51,10 +51,6 @@ class LocalBlend:
                 f"The mask has shape {tuple(self.mask.shape)}; expected (masks, height, width)."
             )
 
-    def check(self, edit: Edit) -> None:
-        """Raise WordNotFound, which lists the words, for a word that is not where it was looked for."""
-        regions(self, edit)
-
     @property
     def needs_maps(self) -> bool:
         return bool(self.words or self.source_words or self.exclude)

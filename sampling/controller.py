@@ -26,12 +26,12 @@ from .blend import BlendState
 from .encode import KEY
 from .injection import Injection, PromptToPrompt
 from .layout import lay_out
-from .low_memory import fitting_groups, forward_in_groups
+from .low_memory import fitting_groups, forward_in_groups, replaces_attention
 from .maps import MapsHandle, MapStore, nearest
 from .noise import takes_noise_sampler, tied_noise_sampler, with_tied_inpainting
 from .pairing import check_rows, paired_conditioning, tie_rows, unguided_sources
 from .reuse import GIGABYTE, SourceForward, begin_reuse
-from .run import BlockKey, Part, Run, begin_call, run_of
+from .run import BlockKey, Call, Part, Run, begin_call, run_of
 from .state import StateEdit, with_edited_state
 from .trajectory import Trajectory, follow
 
@@ -249,9 +249,15 @@ class Controller:
     ) -> Tensor:
         """Once per forward: the step, the pair's rows, and what they take from the source."""
         run: Run | None = transformer_options.get(KEY)
+        if run is None:
+            return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
+        network, args = executor.class_obj, (timesteps, context, y, control)
+        sigma = 0.0
+        if run.injecting or run.reuse is not None:  # who needs it; to read it is to wait for the GPU
+            sigma = float(transformer_options["sigmas"][0])
 
         def forward(part: Part, x: Tensor, args: tuple, options: dict, kwargs: dict) -> Tensor:
-            call = begin_call(x, args[1], options, part, executor.class_obj)
+            call = begin_call(x, args[1], options, sigma, part, network)
             if call is None:
                 return executor(x, *args, options, **kwargs)
             with self.injection.injected(call) as options:
@@ -259,34 +265,25 @@ class Controller:
                     options = call.run.maps.watch(call, self.injection, options)
                 return executor(x, *args, options, **kwargs)
 
-        if run is None:
-            return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
-        args = (timesteps, context, y, control)
         if run.reuse is None or x.shape[0] % run.branches:
             return forward_in_groups(run, x, args, transformer_options, kwargs, forward)
-        sources = x[:: run.branches]
-        which = _which_forward(run, transformer_options)
-        known = run.reuse.next(sources, *which)
-        network = executor.class_obj
-        if known is not None and self._suffices(run, known, x, context, transformer_options, network):
-            run.reuse.reused += 1
-            return forward_in_groups(run, x, args, transformer_options, kwargs, forward, known)
-        kept = run.reuse.begin(sources, *which, known)
+        sources, roles = x[:: run.branches], _roles(run, transformer_options)
+        known = run.reuse.next(sources, sigma, roles)
+        everyone = Part(tuple(range(run.branches - 1)))
+        if known is not None and not _sees_all_rows(transformer_options):
+            call = begin_call(x, context, transformer_options, sigma, everyone, network)
+            if call is None or self._suffices(call, known):
+                run.reuse.reused += 1
+                return forward_in_groups(run, x, args, transformer_options, kwargs, forward, known)
+        kept = run.reuse.begin(sources, sigma, roles, known)
         out = forward_in_groups(run, x, args, transformer_options, kwargs, forward, kept=kept)
         run.reuse.keep(kept, out[:: run.branches])
         return out
 
-    def _suffices(
-        self, run: Run, known: SourceForward, x: Tensor, context: Tensor, options: dict, network: Any
-    ) -> bool:
+    def _suffices(self, call: Call, known: SourceForward) -> bool:
         """Whether what is known of the sources in a forward is all that the targets take from them."""
-        call = begin_call(x, context, options, Part(tuple(range(run.branches - 1))), network)
-        if call is None:
-            return True
         reads = self.injection.reads(call, known.grids)
-        if run.maps is not None or reads is None or not reads <= known.attention.keys():
-            return False
-        return not reads or "attn1_patch" not in options.get("patches", {})  # it may cut pixels into tiles
+        return call.run.maps is None and reads is not None and reads <= known.attention.keys()
 
 
 def control(
@@ -384,10 +381,16 @@ def _sample_again(
     return guider.sample(noise, latent_image, sampler, sigmas, **given)
 
 
-def _which_forward(run: Run, options: dict) -> tuple[float, tuple]:
-    """What tells a forward from the run's others: its sigma, and whose conditionings it computes."""
+def _roles(run: Run, options: dict) -> tuple:
+    """Whose conditionings a forward computes, which with its sigma tells it from the run's others."""
     own = [chunk in run.lengths for chunk in options["uuids"]]
-    return float(options["sigmas"][0]), (*options["cond_or_uncond"], *own, run.injecting)
+    return (*options["cond_or_uncond"], *own, run.injecting)
+
+
+def _sees_all_rows(options: dict) -> bool:
+    """Whether another node acts inside attention, where it may mix the batch's rows or split them."""
+    patches = options.get("patches", {})
+    return replaces_attention(options) or bool(patches.get("attn1_patch") or patches.get("attn2_patch"))
 
 
 def _has_own_tensors(entry: dict) -> bool:

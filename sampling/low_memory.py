@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import comfy.model_management
 import torch
 from torch import Tensor
+from torch.random import fork_rng
 
 from .run import Group, Part, Run
 
@@ -22,7 +23,8 @@ def fitting_groups(model: Any, x: Tensor, run: Run) -> tuple[Group, ...]:
     """
     targets = run.branches - 1
     pairs = x.shape[0] // run.branches
-    free = comfy.model_management.get_free_memory(x.device)
+    host = comfy.model_management
+    free = getattr(model.current_patcher, "get_free_memory", host.get_free_memory)(x.device)
     for count in range(1, targets):
         rows = pairs * (1 + -(-targets // count))
         if model.memory_required([rows, *x.shape[1:]]) <= free:
@@ -33,6 +35,15 @@ def fitting_groups(model: Any, x: Tensor, run: Run) -> tuple[Group, ...]:
 def _groups(targets: int, count: int) -> tuple[Group, ...]:
     size = -(-targets // count)
     return tuple(tuple(range(first, min(first + size, targets))) for first in range(0, targets, size))
+
+
+def replaces_attention(options: dict) -> bool:
+    """Whether another node's function stands in attention's place, by transformer_options.
+
+    Such a function may go by the batch's rows or remember them, so it has to see all of them at once.
+    """
+    slots = options.get("patches_replace", {})
+    return bool(slots.get("attn1") or slots.get("attn2"))
 
 
 Forward = Callable[[Part, Tensor, tuple, dict, dict], Tensor]
@@ -53,20 +64,28 @@ def forward_in_groups(
 
     Every group has the sources with it, whose result is the first group's; or none has, if what they give is
     known. kept: where to keep it, if all goes in one group. Arguments that have one row for each of the
-    batch's, at any depth of lists and dicts, are split with it, and such tensors in the options.
+    batch's, at any depth of lists and dicts, are split with it, and such tensors in the options. A batch that
+    is not made of pairs stays whole, and one whose attention another node replaces.
     """
     everyone: Group = tuple(range(run.branches - 1))
+    whole = x.shape[0] % run.branches != 0 or replaces_attention(options)
     while True:
         try:
-            if x.shape[0] % run.branches or (run.groups == (everyone,) and known is None):
+            if whole or (run.groups == (everyone,) and known is None):
                 return forward(Part(everyone, None, kept), x, _copied(args), options, _copied(kwargs))
             return _split(run, x, args, options, kwargs, forward, known)
-        except comfy.model_management.OOM_EXCEPTION:
+        except Exception as error:
             largest = max(map(len, run.groups))
-            if largest == 1 or x.shape[0] % run.branches:
+            if whole or largest == 1 or not _is_out_of_memory(error):
                 raise
             run.groups = _groups(run.branches - 1, -(-(run.branches - 1) // (largest // 2)))
         comfy.model_management.soft_empty_cache()
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """As the host tells it, which knows more than one such exception in later versions."""
+    host = comfy.model_management
+    return host.is_oom(error) if hasattr(host, "is_oom") else isinstance(error, host.OOM_EXCEPTION)
 
 
 def _split(
@@ -78,22 +97,25 @@ def _split(
     forward: Forward,
     known: SourceForward | None,
 ) -> Tensor:
+    """All groups draw the same random numbers, as one forward of the whole batch would."""
     result: Tensor | None = None
     if known is not None:
         assert known.out is not None
         result = known.out.new_empty((x.shape[0], *known.out.shape[1:]), device=x.device)
         result[:: run.branches] = known.out.to(x.device, non_blocking=True)
+    devices = [x.device] if x.device.type == "cuda" else []
     for group in run.groups:
         part = Part(group, known)
         rows = _rows(run, x, part)
         own = {
-            name: value.index_select(0, rows) if _is_batch(value, x) else value
+            name: value.index_select(0, rows) if name != "sample_sigmas" and _is_batch(value, x) else value
             for name, value in options.items()
         }
         if "middle_patch" in own.get("patches", {}):
             patches = [_of_whole_batch(patch, rows, x.shape[0]) for patch in own["patches"]["middle_patch"]]
             own["patches"] = {**own["patches"], "middle_patch": patches}
-        out = forward(part, x.index_select(0, rows), _taken(args, x, rows), own, _taken(kwargs, x, rows))
+        with fork_rng(devices, enabled=group != run.groups[-1]):
+            out = forward(part, x.index_select(0, rows), _taken(args, x, rows), own, _taken(kwargs, x, rows))
         if result is None:
             result = out.new_empty((x.shape[0], *out.shape[1:]))
         elif known is None:  # the sources are there already

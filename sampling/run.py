@@ -175,10 +175,10 @@ def _block(extra_options: dict) -> BlockKey:
     return name, number, extra_options["block_index"]
 
 
-def begin_call(x: Tensor, context: Any, options: dict, part: Part, network: Any) -> Call | None:
+def begin_call(x: Tensor, context: Any, options: dict, sigma: float, part: Part, network: Any) -> Call | None:
     """What this forward is to the run, or None where it is not part of the pair's own prediction.
 
-    part: what of the batch it computes.
+    sigma: the forward's. part: what of the batch it computes.
     Raises ValueError where another node changed the rows of the call.
     """
     run: Run | None = options.get(KEY)
@@ -193,5 +193,5 @@ def begin_call(x: Tensor, context: Any, options: dict, part: Part, network: Any)
             "expected: another node between the Attention Controller and the sampler computes several tiles "
             "or windows in one call. Set its tile batch size to 1, or take it out."
         )
-    step = step_of(float(options["sigmas"][0]), run.sigmas)
+    step = step_of(sigma, run.sigmas)
     return Call(run, x, context, options, step, len(uuids), own, part, network)

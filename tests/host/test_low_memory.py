@@ -7,10 +7,14 @@ import comfy.model_management
 import pytest
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.model_base import BaseModel
 from p2p.attention.blend import read_blend
 from p2p.nodes import AttentionController, PairedLatent
+from p2p.sampling.low_memory import fitting_groups
 from p2p.sampling.maps import MapsHandle
+from p2p.sampling.run import Run
 from p2p.sampling.sampler import sample_pairs
+from p2p.tests.host.beside.models import ImagePrompt
 from p2p.tests.host.runs import PART, WAYS, Settings, assert_close, difference, empty, ksampler, picture
 
 TARGETS = ("a dog riding a bicycle", "a cat riding a car", "a red cat riding a boat at night")
@@ -47,7 +51,7 @@ def short_of_memory(monkeypatch):
 def out_of_memory(monkeypatch):
     """The device holds this many rows of a forward, and raises the host's exception for more."""
 
-    def allow(rows: int) -> list[int]:
+    def allow(rows: int, error: type = comfy.model_management.OOM_EXCEPTION) -> list[int]:
         forward, refused = UNetModel._forward, []
 
         def limited(self, x, timesteps, context, y, control, *args, **kwargs):
@@ -56,7 +60,7 @@ def out_of_memory(monkeypatch):
                     for lists in control.values():
                         lists.clear()  # as a forward that failed half-way leaves it
                 refused.append(x.shape[0])
-                raise comfy.model_management.OOM_EXCEPTION("out of memory")
+                raise error("out of memory")
             return forward(self, x, timesteps, context, y, control, *args, **kwargs)
 
         monkeypatch.setattr(UNetModel, "_forward", limited)
@@ -106,6 +110,78 @@ def test_memory_too_small_for_one_target_is_the_hosts_own_error(studio, out_of_m
     out_of_memory(3)  # a source and a target, cond and uncond, are four
     with pytest.raises(comfy.model_management.OOM_EXCEPTION):
         studio.paired(studio.edit("a cat riding a bicycle", *TARGETS), PART)
+
+
+@pytest.mark.parametrize("source", ["host", "model"])
+def test_free_memory_is_what_the_host_asks_for(studio, calls, monkeypatch, source):
+    """Hosts that keep models in a GPU's spare memory have a model tell how much is free."""
+    required = BaseModel.memory_required
+    need = {rows: required(studio.model.model, [rows, 4, 8, 8]) for rows in (2, 3, 4)}
+    free = lambda *_: (need[3] + need[4]) / 2  # noqa: E731
+    if source == "host":
+        monkeypatch.setattr("comfy.model_management.get_free_memory", free)
+    else:
+        monkeypatch.setattr("comfy.model_management.get_free_memory", lambda *_: 0)
+        monkeypatch.setattr(type(studio.model), "get_free_memory", lambda self, device: free(), raising=False)
+    run = Run([1.0, 0.0], (4, 4, 8, 8), 4)
+    studio.model.model.current_patcher = studio.model
+    assert fitting_groups(studio.model.model, torch.zeros(4, 4, 8, 8), run) == ((0, 1), (2,))
+
+
+def test_an_accelerators_own_error_splits_the_run_where_the_host_knows_it(studio, out_of_memory, monkeypatch):
+    class AcceleratorError(RuntimeError):
+        pass
+
+    edit = studio.edit("a cat riding a bicycle", *TARGETS)
+    whole = studio.paired(edit, PART)
+    refused = out_of_memory(4, AcceleratorError)
+    with pytest.raises(AcceleratorError):
+        studio.paired(edit, PART)
+    monkeypatch.setattr(
+        "comfy.model_management.is_oom", lambda e: isinstance(e, AcceleratorError), raising=False
+    )
+    refused.clear()
+    parts = studio.paired(edit, PART)
+    assert refused == [8]
+    assert_close(parts[1], whole[1])
+
+
+def test_a_replaced_attention_sees_the_whole_batch(studio, calls, short_of_memory):
+    """Its function may go by the batch's rows, so the host's own estimate and errors decide."""
+    edit = studio.edit("a cat riding a bicycle", *TARGETS)
+    model, replacer = studio.model.clone(), ImagePrompt()
+    replacer.on(model)
+    whole = studio.paired(edit, PART, model=model)
+    calls.clear()
+    short_of_memory(3)
+    found = studio.paired(edit, PART, model=model)
+    assert set(calls) == {4}  # cond and uncond apart
+    assert_close(found[1], whole[1])
+
+
+def test_a_replaced_attention_that_runs_out_of_memory_is_the_hosts_own_error(studio, out_of_memory):
+    model = studio.model.clone()
+    ImagePrompt().on(model)
+    refused = out_of_memory(6)
+    with pytest.raises(comfy.model_management.OOM_EXCEPTION):
+        studio.paired(studio.edit("a cat riding a bicycle", *TARGETS), PART, model=model)
+    assert refused == [8]
+
+
+def test_all_groups_draw_the_same_random_numbers(studio, out_of_memory):
+    """As one forward of the whole batch would, and what follows goes on from there."""
+    edit = studio.edit("a cat riding a bicycle", *TARGETS)
+    model = studio.model.clone()
+    model.set_model_output_block_patch(lambda h, hsp, options: (h + 0.2 * torch.randn(h.shape[1:]), hsp))
+
+    def sample():
+        torch.manual_seed(3)
+        return *studio.paired(edit, PART, model=model), torch.rand(4)
+
+    whole = sample()
+    out_of_memory(4)
+    for found, expected in zip(sample(), whole, strict=True):
+        assert_close(found, expected)
 
 
 def test_maps_and_local_blend_of_a_run_in_parts_are_those_of_the_whole(studio, short_of_memory):

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import gc
+import sys
+import weakref
 
+import comfy.controlnet
 import comfy.model_management
 import pytest
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.patcher_extension import PatcherInjection
 from p2p.attention.blend import read_blend
 from p2p.attention.schedule import TauSchedule, Window
 from p2p.demo.loader import load_demo_model
 from p2p.nodes import AttentionController, PairedLatent, PairedSampler
+from p2p.sampling import reuse as source_reuse
 from p2p.sampling.reuse import CACHE, GIGABYTE
 from p2p.tests.host.beside.models import ImagePrompt
 from p2p.tests.host.runs import (
@@ -196,6 +201,27 @@ def test_a_run_that_differs_in_anything_is_not_answered_with_the_kept_one(studio
         assert difference(found[0], kept[0]) > 1e-3
 
 
+def test_a_model_with_injections_is_another(studio):
+    """What later hosts' LoRAs in bypass mode use; neither the patches nor the options tell of them."""
+    layer = studio.model.model.diffusion_model.middle_block[1].transformer_blocks[0].attn2.to_q
+
+    def inject(_):
+        layer.forward = lambda x: type(layer).forward(layer, x) * 30.0
+
+    def eject(_):
+        layer.__dict__.pop("forward", None)
+
+    model, edit = studio.model.clone(), studio.edit(SOURCE, SECOND)
+    model.set_injections("bypass", [PatcherInjection(inject, eject)])
+    kept = sample(studio, studio.edit(SOURCE, FIRST))
+    try:
+        found = sample(studio, edit, model=model)
+        check(found, sample(studio, edit, model=model, reuse=0.0))
+    finally:
+        eject(model)
+    assert difference(found[0], kept[0]) > 1e-3
+
+
 def test_another_source_prompt_is_another_run(studio, rows):
     sample(studio, studio.edit(SOURCE, FIRST))
     rows.clear()
@@ -252,6 +278,59 @@ def test_a_model_that_is_gone_takes_its_runs_along(studio):
     assert CACHE.runs == []
 
 
+def collected(thing):
+    """Whether nothing but this test's own names kept the thing, given as a list of it, alive."""
+    kept = weakref.ref(thing.pop())
+    comfy.model_management.unload_all_models()
+    gc.collect()
+    comfy.model_management.cleanup_models_gc()
+    gc.collect()
+    return kept() is None
+
+
+def test_a_model_that_a_patch_of_its_own_refers_to_goes_too(studio):
+    model = load_demo_model()[0]
+    patched = model.clone()
+    patched.set_model_unet_function_wrapper(
+        lambda apply, given, _model=model: apply(given["input"], given["timestep"], **given["c"])
+    )
+    sample(studio, studio.edit(SOURCE, FIRST), model=patched)
+    things = [model.model]
+    del model, patched
+    assert collected(things)
+    assert CACHE.runs == []
+
+
+def test_a_kept_run_keeps_no_other_nodes_objects(studio):
+    control = comfy.controlnet.ControlBase()
+    control.get_control = lambda *_: None
+    negative = [[cond, {**options, "control": control}] for cond, options in studio.negative]
+    sample(studio, studio.edit(SOURCE, FIRST), negative=negative)
+    things = [control]
+    del control, negative
+    assert collected(things)
+
+
+def test_what_can_be_compared_only_while_it_lives_is_another_once_it_is_gone():
+    class Options:
+        def patch(self):
+            pass
+
+    run = source_reuse.Run([1.0, 0.0], (2, 4, 8, 8), 2)
+    one = Options()
+    for value in (one, one.patch, Options.patch, torch.float16, "text", 3, None, [one, {"a": 1.0}]):
+        assert source_reuse.same(source_reuse.frozen(value, run), source_reuse.frozen(value, run))
+    for value in (one, one.patch):
+        before = source_reuse.frozen(value, run)
+        assert not source_reuse.same(before, source_reuse.frozen(Options(), run))
+        assert not source_reuse.same(before, source_reuse.frozen(Options().patch, run))
+    before = [source_reuse.frozen(value, run) for value in (one, one.patch)]
+    del one, value
+    gc.collect()
+    assert not any(source_reuse.same(value, value) for value in before)
+    assert not source_reuse.same(*(source_reuse.frozen(object(), run) for _ in range(2)))
+
+
 @pytest.mark.parametrize(
     ("blend", "alone"),
     [
@@ -275,17 +354,87 @@ def test_mutual_self_attention_runs_the_source(studio):
     check(sample(studio, edit, tau), sample(studio, edit, tau, reuse=0.0))
 
 
+class Share:
+    """A patch of attention in which all rows attend to the first one's keys, as nodes for one style do."""
+
+    def __call__(self, q, k, v, extra_options):
+        return q, (k + k[:1]) / 2, v
+
+    def __deepcopy__(self, memo):
+        return self
+
+
 @pytest.mark.parametrize("way", ["KSampler", "P2PSampler"])
-def test_a_replacer_on_the_layers_sees_the_targets_alone_and_the_result_is_the_same(studio, rows, way):
-    model = studio.model.clone()
-    for name, number in ImagePrompt.BLOCKS:
-        model.set_model_attn2_replace(ImagePrompt(), name, number)
+@pytest.mark.parametrize("slot", ["attn2_replace", "attn1_patch", "attn2_patch"])
+def test_another_nodes_attention_sees_the_whole_batch(studio, rows, way, slot):
+    """It may take other rows into account, or count them."""
+    model, changed = studio.model.clone(), ImagePrompt()
+    if slot == "attn2_replace":
+        changed.on(model)
+    else:
+        getattr(model, f"set_model_{slot}")(Share())
     sample(studio, studio.edit(SOURCE, FIRST), model=model, way=way)
     rows.clear()
     edit = studio.edit(SOURCE, SECOND)
     found = sample(studio, edit, model=model, way=way)
-    assert set(rows) == {2}
+    assert set(rows) == {4}
+    assert {batch for batch, _ in changed.batches} <= {4}
     check(found, sample(studio, edit, model=model, way=way, reuse=0.0))
+
+
+def test_other_nodes_see_the_runs_list_of_sigmas(studio, rows):
+    """Also where it is as long as the batch, whose rows other tensors of the options have."""
+    seen = []
+    model = studio.model.clone()
+
+    def patch(h, hsp, options):
+        seen.append(options["sample_sigmas"].tolist())
+        return h, hsp
+
+    model.set_model_output_block_patch(patch)
+    settings = Settings(steps=3)
+    sample(studio, studio.edit(SOURCE, FIRST), settings=settings, model=model)
+    expected = seen[0]
+    rows.clear()
+    sample(studio, studio.edit(SOURCE, SECOND), settings=settings, model=model)
+    assert set(rows) == {2} and len(expected) == 4
+    assert all(sigmas == expected for sigmas in seen)
+
+
+def test_several_gpus_keep_nothing_and_say_so(studio, rows, caplog):
+    model = studio.model.clone()
+    model.model_options["multigpu_clones"] = {"cuda:1": None}
+    edit = studio.edit(SOURCE, FIRST)
+    with caplog.at_level("INFO"):
+        found = sample(studio, edit, model=model)
+    assert CACHE.runs == [] and "several GPUs" in caplog.text
+    check(found, sample(studio, edit, reuse=0.0))
+
+
+@pytest.mark.parametrize("reuse", [0.0, 1.0])
+def test_each_forward_reads_its_sigma_once(studio, rows, monkeypatch, reuse):
+    """A read waits for the GPU."""
+    reads, read = [], torch.Tensor.__float__
+
+    def counting(self):
+        reads.append(sys._getframe(1).f_globals["__name__"])
+        return read(self)
+
+    sample(studio, studio.edit(SOURCE, FIRST), reuse=reuse)
+    rows.clear()
+    monkeypatch.setattr(torch.Tensor, "__float__", counting)
+    sample(studio, studio.edit(SOURCE, SECOND), reuse=reuse)
+    assert len([name for name in reads if name.startswith("p2p.sampling")]) == len(rows)
+
+
+def test_memory_that_cannot_be_pinned_is_ordinary_memory(monkeypatch):
+    def empty(*size, pin_memory=False, **kwargs):
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory")
+        return torch.zeros(*size, **kwargs)
+
+    monkeypatch.setattr(source_reuse.torch, "empty", empty)
+    assert source_reuse.host_memory(torch.zeros(2, 3, dtype=torch.float16)).shape == (2, 3)
 
 
 def test_an_interrupted_run_leaves_what_it_finished_and_nothing_half(studio, rows):
