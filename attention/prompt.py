@@ -80,8 +80,8 @@ class Prompt:
         """
         plain = _squash(_without_weights(phrase))
         spellings = (_squash(phrase), plain, _without_punctuation(plain))
-        alone = [(n,) for n, word in enumerate(self.words) if word.text == phrase.strip()]
-        return next(filter(None, map(self._places, spellings)), alone)
+        found = next(filter(None, map(self._places, spellings)), None)
+        return found or [(n,) for n, word in enumerate(self.words) if word.text == phrase.strip()]
 
     def _places(self, wanted: str) -> list[tuple[int, ...]]:
         texts = [_squash(word.text) for word in self.words]

@@ -20,7 +20,7 @@ from .types import (
     MapsIO,
     TauIO,
     blend_input,
-    check_options,
+    check_wiring,
     edit_input,
     is_wired,
     model_input,
@@ -34,6 +34,16 @@ def _fraction(name: str, default: float, tooltip: str) -> io.Float.Input:
     return io.Float.Input(
         name, default=default, min=0.0, max=1.0, step=0.01, tooltip=f"{tooltip} From 0 to 1."
     )
+
+
+def _window(name: str, start: float, end: float) -> Window:
+    """A window of these edges. Raises ValueError that names the inputs."""
+    if end < start:
+        raise ValueError(f"{name}_end is {end:g}, before {name}_start at {start:g}.")
+    try:
+        return Window(start, end)
+    except ValueError as error:
+        raise ValueError(f"{name}_start, {name}_end: {error}") from None
 
 
 class TauScheduler(io.ComfyNode):
@@ -105,26 +115,12 @@ class TauScheduler(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls,
-        cross_start: float | None = None,
-        cross_end: float | None = None,
-        self_start: float | None = None,
-        self_end: float | None = None,
-        words: str | None = None,
-        self_mode: str | None = None,
-    ) -> bool | str:
-        windows = (("cross", cross_start, cross_end), ("self", self_start, self_end))
-        for name, start, end in windows:
-            try:
-                Window(0.0 if start is None else start, 1.0 if end is None else end)
-            except ValueError as error:
-                return f"{name}_start and {name}_end: {error}"
+    def validate_inputs(cls, words: str | None = None) -> bool | str:
         try:
             parse_word_windows(words or "")
         except ValueError as error:
-            return f"words: {error}"
-        return check_options(self_mode=(self_mode, SELF_MODES))
+            return str(error)
+        return True
 
     @classmethod
     def execute(
@@ -141,8 +137,8 @@ class TauScheduler(io.ComfyNode):
     ) -> io.NodeOutput:
         return io.NodeOutput(
             TauSchedule(
-                Window(cross_start, cross_end),
-                Window(self_start, self_end),
+                _window("cross", cross_start, cross_end),
+                _window("self", self_start, self_end),
                 fade,
                 self_resolution,
                 parse_word_windows(words),
@@ -259,5 +255,6 @@ class AttentionController(io.ComfyNode):
         trajectory: Trajectory | None = None,
         reuse_gb: float = 0.0,
     ) -> io.NodeOutput:
+        check_wiring(cls.hidden)
         maps = MapsHandle(wanted=is_wired(cls.hidden, MAPS_OUTPUT))
         return io.NodeOutput(*control(model, edit, tau, blend, trajectory, maps, reuse_gb), maps)

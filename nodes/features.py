@@ -10,7 +10,16 @@ from ..attention.edit import Edit
 from ..sampling.features import plug_and_play
 from ..sampling.maps import MapsHandle
 from ..sampling.trajectory import Trajectory
-from .types import CATEGORY, MAPS_OUTPUT, EditIO, MapsIO, is_wired, model_input, trajectory_input
+from .types import (
+    CATEGORY,
+    MAPS_OUTPUT,
+    EditIO,
+    MapsIO,
+    check_wiring,
+    is_wired,
+    model_input,
+    trajectory_input,
+)
 
 
 class FeatureInjection(io.ComfyNode):
@@ -74,6 +83,7 @@ class FeatureInjection(io.ComfyNode):
         trajectory: Trajectory | None = None,
         source_conditioning: list | None = None,
     ) -> io.NodeOutput:
+        check_wiring(cls.hidden)
         maps = MapsHandle(wanted=is_wired(cls.hidden, MAPS_OUTPUT))
         return io.NodeOutput(
             *plug_and_play(model, edit, feature_end, attention_end, trajectory, source_conditioning, maps),

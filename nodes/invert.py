@@ -81,13 +81,6 @@ class InvertImage(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, scheduler: str | None = None, reconstruction: str | None = None) -> bool | str:
-        return check_options(
-            scheduler=(scheduler, comfy.samplers.KSampler.SCHEDULERS),
-            reconstruction=(reconstruction, RECONSTRUCTIONS),
-        )
-
-    @classmethod
     def execute(
         cls,
         model: Any,
@@ -100,6 +93,10 @@ class InvertImage(io.ComfyNode):
         reconstruction: str = RECONSTRUCTIONS[0],
         negative: list | None = None,
     ) -> io.NodeOutput:
+        check_options(
+            scheduler=(scheduler, comfy.samplers.KSampler.SCHEDULERS),
+            reconstruction=(reconstruction, RECONSTRUCTIONS),
+        )
         return io.NodeOutput(
             *invert(model, positive, latent, steps, scheduler, cfg, refinement, negative, reconstruction)
         )

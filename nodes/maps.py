@@ -74,12 +74,10 @@ class AttentionMaps(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls, layers: str | None = None, start: float | None = None, end: float | None = None
-    ) -> bool | str:
+    def validate_inputs(cls, start: float | None = None, end: float | None = None) -> bool | str:
         if start is not None and end is not None and start >= end:
             return f"start is {start:g} and end is {end:g}; expected start below end."
-        return check_options(layers=(layers, list(LAYERS)))
+        return True
 
     @classmethod
     def execute(
@@ -93,6 +91,7 @@ class AttentionMaps(io.ComfyNode):
         start: float = 0.0,
         end: float = 1.0,
     ) -> io.NodeOutput:
+        check_options(layers=(layers, list(LAYERS)))
         run = maps.maps_of(samples["samples"])
         labels, phrases = run.phrases(branch, words)
         found = run.of(branch, phrases, run.layers(LAYERS[layers]), start, end)

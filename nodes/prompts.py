@@ -10,7 +10,7 @@ from ..attention.alignment import MODES
 from ..attention.edit import GAIN_LIMIT, Edit, words_to_reweight
 from ..sampling.encode import add_target, check_prompt, start_edit
 from .page import alignment_data
-from .types import CATEGORY, EditIO, check_options, edit_input
+from .types import CATEGORY, EditIO, edit_input
 
 
 def _mode_input() -> io.Combo.Input:
@@ -21,17 +21,6 @@ def _mode_input() -> io.Combo.Input:
         tooltip="swap: replaced words take the old words' maps. refine: only shared words keep the source's "
         "maps. auto: swap where words are replaced, refine where words are added.",
     )
-
-
-def _check(mode: str | None, **prompts: str | None) -> bool | str:
-    """Validation's answer for a mode and prompts that are widgets; None stands for one that is linked."""
-    try:
-        for name, text in prompts.items():
-            if text is not None:
-                check_prompt(text, name)
-    except ValueError as error:
-        return str(error)
-    return check_options(mode=(mode, MODES))
 
 
 def _alignment(edit: Edit) -> dict[str, tuple]:
@@ -72,12 +61,6 @@ class PromptPair(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls, source: str | None = None, target: str | None = None, mode: str | None = None
-    ) -> bool | str:
-        return _check(mode, source=source, target=target)
-
-    @classmethod
     def execute(cls, clip: Any, source: str, target: str, mode: str) -> io.NodeOutput:
         edit = start_edit(clip, source, target, mode)
         return io.NodeOutput(edit, ui=_alignment(edit))
@@ -108,8 +91,13 @@ class AddTarget(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, target: str | None = None, mode: str | None = None) -> bool | str:
-        return _check(mode, target=target)
+    def validate_inputs(cls, target: str | None = None) -> bool | str:
+        try:
+            if target is not None:
+                check_prompt(target, "target")
+        except ValueError as error:
+            return str(error)
+        return True
 
     @classmethod
     def execute(cls, clip: Any, edit: Edit, target: str, mode: str) -> io.NodeOutput:

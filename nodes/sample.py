@@ -130,13 +130,6 @@ class PairedSampler(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, sampler_name: str | None = None, scheduler: str | None = None) -> bool | str:
-        return check_options(
-            sampler_name=(sampler_name, comfy.samplers.KSampler.SAMPLERS),
-            scheduler=(scheduler, comfy.samplers.KSampler.SCHEDULERS),
-        )
-
-    @classmethod
     def execute(
         cls,
         model: Any,
@@ -154,6 +147,10 @@ class PairedSampler(io.ComfyNode):
         trajectory: Trajectory | None = None,
         reuse_gb: float = 0.0,
     ) -> io.NodeOutput:
+        check_options(
+            sampler_name=(sampler_name, comfy.samplers.KSampler.SAMPLERS),
+            scheduler=(scheduler, comfy.samplers.KSampler.SCHEDULERS),
+        )
         maps = MapsHandle(wanted=is_wired(cls.hidden, MAPS_OUTPUT))
         source, targets, paired = sample_pairs(
             model,

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..attention.edit import Edit
 from ..attention.schedule import TauSchedule
 from ..attention.sweep import LIMITS, PARAMETERS, sweep
-from .types import CATEGORY, EditIO, TauIO, check_options
+from .types import CATEGORY, EditIO, TauIO
 
 
 class TauSweep(io.ComfyNode):
@@ -52,10 +52,6 @@ class TauSweep(io.ComfyNode):
                 io.String.Output("labels", display_name="labels", tooltip="One line for each target."),
             ],
         )
-
-    @classmethod
-    def validate_inputs(cls, parameter: str | None = None) -> bool | str:
-        return check_options(parameter=(parameter, PARAMETERS))
 
     @classmethod
     def execute(

@@ -6,6 +6,8 @@ from typing import Any
 from comfy_api.latest import io
 
 CATEGORY = "prompt-to-prompt"
+MODEL_OUTPUT, POSITIVE_OUTPUT = 0, 1
+"""Which outputs of the nodes that make a model carry it and the conditioning that goes with it."""
 MAPS_OUTPUT = 2
 """Which output of the nodes that sample, or make a model that samples, carries the maps."""
 
@@ -68,12 +70,23 @@ def is_wired(hidden: Any, output: int) -> bool:
     return any(isinstance(value, list) and value == [hidden.unique_id, output] for value in inputs)
 
 
-def check_options(**choices: tuple[str | None, Sequence[str]]) -> bool | str:
-    """Validation's answer for combos: name -> (value, options); some hosts do not compare them themselves.
+def check_wiring(hidden: Any) -> None:
+    """Raise ValueError where a controller's positive is in use and its model is not: nothing would be edited.
 
-    None stands for a value that is linked and not known yet.
+    hidden: as in `is_wired`.
+    """
+    if is_wired(hidden, POSITIVE_OUTPUT) and not is_wired(hidden, MODEL_OUTPUT):
+        raise ValueError(
+            "This node's positive is connected, but its model is not, so nothing would be edited; connect "
+            "its model to the sampler too."
+        )
+
+
+def check_options(**choices: tuple[str, Sequence[str]]) -> None:
+    """Raise ValueError for a combo's value that is not one of its options, which some hosts let through.
+
+    choices: name -> (value, options).
     """
     for name, (value, options) in choices.items():
-        if value is not None and value not in options:
-            return f"{name} is {value!r}; expected one of {', '.join(options)}."
-    return True
+        if value not in options:
+            raise ValueError(f"{name} is {value!r}; expected one of {', '.join(options)}.")

@@ -187,7 +187,6 @@ def test_the_node_has_the_mode_and_its_first_layer(studio):
     assert TauScheduler.execute(*given, self_mode="mutual", mutual_layer=0.9).args[0] == replace(
         MUTUAL, mutual_layer=0.9
     )
-    assert "self_mode" in TauScheduler.validate_inputs(self_mode="none")
     with pytest.raises(ValueError, match="self_mode is 'none'; expected one of map, mutual"):
         TauSchedule(self_mode="none")
     with pytest.raises(ValueError, match="mutual_layer is 2"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from inspect import signature
+
 import latent_preview
 import pytest
 import torch
@@ -10,9 +12,13 @@ from p2p.attention.prompt import WordNotFound
 from p2p.attention.schedule import TauSchedule, Window
 from p2p.nodes import (
     NODES,
+    AddTarget,
     AttentionController,
+    AttentionMaps,
     ComparisonGrid,
     DemoModel,
+    FeatureInjection,
+    InvertImage,
     PairedLatent,
     PairedSampler,
     PromptPair,
@@ -168,21 +174,29 @@ def test_prompt_pair_makes_an_edit_and_shows_its_alignment(studio):
     assert shown["new"] == (4,) and shown["removed"] == ()
 
 
-@pytest.mark.parametrize(("source", "target", "role"), [("", "a", "source"), ("a", " \n", "target")])
-def test_an_empty_prompt_is_an_error_at_validation_and_when_it_comes_over_a_link(
-    studio, source, target, role
-):
-    assert f"The {role} prompt is empty" in PromptPair.validate_inputs(source=source, target=target)
+@pytest.mark.parametrize(
+    ("source", "target", "role"), [("", "a", "source"), ("a", " \n", "target"), ("", "", "source")]
+)
+def test_an_empty_prompt_is_an_error_that_says_which(studio, source, target, role):
     with pytest.raises(ValueError, match=f"{role} prompt is empty"):
         PromptPair.execute(studio.clip, source, target, "auto")
+    if role == "target":
+        assert "The target prompt is empty" in AddTarget.validate_inputs(target=target)
+        with pytest.raises(ValueError, match="target prompt is empty"):
+            AddTarget.execute(studio.clip, studio.edit(), target, "auto")
+
+
+@pytest.mark.parametrize("node", NODES, ids=lambda node: node.__name__)
+def test_a_failed_validation_is_told_once(node):
+    """The host repeats it for every input that validation names."""
+    named = list(signature(node.validate_inputs).parameters) if "validate_inputs" in vars(node) else []
+    assert len(named) <= 1 or (node, named) == (AttentionMaps, ["start", "end"])
 
 
 def test_validation_leaves_inputs_that_come_over_links_for_later():
-    assert PromptPair.validate_inputs(source=None, target=None) is True
-    assert PromptPair.validate_inputs(source="a", target=None) is True
+    assert AddTarget.validate_inputs(target=None) is True
     assert TokenReweight.validate_inputs(words=None) is True
-    assert TauScheduler.validate_inputs(cross_start=0.9) is True
-    assert TauScheduler.validate_inputs(self_end=0.1) is True
+    assert TauScheduler.validate_inputs(words=None) is True
 
 
 def test_token_reweight_gives_a_new_edit_and_leaves_the_old(studio):
@@ -217,16 +231,58 @@ def test_tau_scheduler_makes_the_windows_that_it_shows():
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ({"cross_start": 0.8, "cross_end": 0.2}, "ends at 0.2, before its start at 0.8"),
-        ({"self_start": 0.5, "self_end": 0.4}, "ends at 0.4, before its start at 0.5"),
-        ({"words": "hat 0.3"}, '"hat 0.3"'),
-        ({"words": "hat: 0.6-0.2"}, "hat: 0.6-0.2"),
-        ({"words": "hat: 1.5"}, "hat: 1.5"),
-        ({"cross_start": 0.9, "cross_end": 0.0}, "ends at 0"),
+        ({"cross_start": 0.8, "cross_end": 0.2}, "cross_end is 0.2, before cross_start at 0.8"),
+        ({"self_start": 0.5, "self_end": 0.4}, "self_end is 0.4, before self_start at 0.5"),
+        ({"cross_start": 0.9, "cross_end": 0.0}, "cross_end is 0, before cross_start at 0.9"),
+        ({"words": "hat 0.3"}, 'Cannot read the line "hat 0.3"'),
+        ({"words": "hat: 0.6-0.2"}, 'In the line "hat: 0.6-0.2"'),
+        ({"words": "hat: 1.5"}, 'In the line "hat: 1.5"'),
+        ({"self_mode": "none"}, "self_mode is 'none'; expected one of map, mutual"),
     ],
 )
-def test_a_tau_window_that_cannot_be_is_an_error_at_validation(inputs, message):
-    assert message in TauScheduler.validate_inputs(**inputs)
+def test_a_tau_window_that_cannot_be_is_an_error_that_names_its_inputs(inputs, message):
+    given = dict.fromkeys(("cross_start", "self_start", "fade", "self_resolution"), 0.0)
+    with pytest.raises(ValueError) as error:
+        TauScheduler.execute(**{**given, "cross_end": 1.0, "self_end": 1.0, "words": "", **inputs})
+    assert message in str(error.value)
+    if "words" in inputs:
+        assert message in TauScheduler.validate_inputs(words=inputs["words"])
+
+
+@pytest.mark.parametrize(
+    ("node", "choice"),
+    [
+        (PairedSampler, "sampler_name"),
+        (PairedSampler, "scheduler"),
+        (InvertImage, "scheduler"),
+        (InvertImage, "reconstruction"),
+        (PromptPair, "mode"),
+        (AddTarget, "mode"),
+    ],
+)
+def test_a_choice_that_is_not_there_is_an_error_that_names_it(studio, node, choice):
+    """Some hosts do not compare choices themselves."""
+    names = signature(node.execute).parameters
+    given = {
+        "model": studio.model,
+        "clip": studio.clip,
+        "edit": studio.edit(),
+        "tau": EMPTY,
+        "source": SOURCE,
+        "target": TARGET,
+        "positive": studio.negative,
+        "negative": studio.negative,
+        "latent": picture(),
+        "seed": 1,
+        "steps": 1,
+        "cfg": 1.0,
+        "sampler_name": "euler",
+        "scheduler": "normal",
+        "denoise": 1.0,
+        choice: "magic",
+    }
+    with pytest.raises(ValueError, match=f"{choice} is 'magic'; expected one of "):
+        node.execute(**{name: value for name, value in given.items() if name in names})
 
 
 # Attention Controller
@@ -236,6 +292,26 @@ def test_a_word_of_tau_that_no_target_has_lists_the_words(studio):
     tau = TauSchedule(words=(("castle", Window(0, 1)),))
     with pytest.raises(WordNotFound, match="a, dog, riding, red, car"):
         AttentionController.execute(studio.model, studio.edit(), tau)
+
+
+@pytest.mark.parametrize("node", [AttentionController, FeatureInjection])
+@pytest.mark.parametrize("wired", [(), (0,), (1,), (0, 1), (2,), (0, 1, 2), (1, 2)])
+def test_a_positive_in_use_without_its_model_is_an_error_at_the_node(studio, node, wired):
+    class Hidden:
+        unique_id = "7"
+        prompt = {
+            "5": {"class_type": "CheckpointLoaderSimple", "inputs": {}},
+            "7": {"class_type": node.define_schema().node_id, "inputs": {"model": ["5", 0]}},
+            "9": {"class_type": "Other", "inputs": {f"input_{n}": ["7", n] for n in wired}},
+        }
+
+    in_graph = type(node.__name__, (node,), {"hidden": Hidden})
+    arguments = (EMPTY,) if node is AttentionController else (0.5, 0.5)
+    if 1 in wired and 0 not in wired:
+        with pytest.raises(ValueError, match="positive is connected, but its model is not"):
+            in_graph.execute(studio.model, studio.edit(), *arguments)
+    else:
+        in_graph.execute(studio.model, studio.edit(), *arguments)
 
 
 class NoTextModel(torch.nn.Module):

@@ -52,6 +52,6 @@ def test_the_labels_fit_the_comparison_grid(studio):
     assert grid.shape[1] > 40
 
 
-def test_an_unknown_parameter_is_refused_before_anything_runs():
-    assert "expected one of cross_end, self_end, scale" in TauSweep.validate_inputs(parameter="tau")
-    assert TauSweep.validate_inputs(parameter="scale") is True
+def test_an_unknown_parameter_is_refused(studio):
+    with pytest.raises(ValueError, match="parameter is 'tau'; expected one of cross_end, self_end, scale"):
+        TauSweep.execute(studio.edit(), TAU, 4, "tau")

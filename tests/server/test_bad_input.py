@@ -144,11 +144,10 @@ NAN = float("nan")
         ("reweight", {"scale": -2.5}, ["scale", "-2.5", "-2.0"]),
         ("reweight", {"scale": "strong"}, ["scale", "strong"]),
         ("reweight", {"target": -1}, ["target", "-1", "0"]),
-        ("tau", {"cross_start": -0.1}, ["cross_start", "-0.1", "0 to 1"]),
-        ("tau", {"cross_end": 1.5}, ["cross_end", "1.5", "0 to 1"]),
-        ("tau", {"cross_end": NAN}, ["nan"]),
-        ("tau", {"self_start": 2.0}, ["self_start", "2", "0 to 1"]),
-        ("tau", {"self_end": 20.0}, ["self_end", "20", "0 to 1"]),
+        ("tau", {"cross_start": -0.1}, ["cross_start", "-0.1", "0.0"]),
+        ("tau", {"cross_end": 1.5}, ["cross_end", "1.5", "1.0"]),
+        ("tau", {"self_start": 2.0}, ["self_start", "2.0", "1.0"]),
+        ("tau", {"self_end": 20.0}, ["self_end", "20.0", "1.0"]),
         ("tau", {"fade": 1.1}, ["fade", "1.1", "1.0"]),
         ("tau", {"self_resolution": -1.0}, ["self_resolution", "-1.0", "0.0"]),
         ("tau", {"words": "car: 1.5"}, ["car: 1.5", "0 to 1"]),
@@ -178,7 +177,8 @@ def test_unknown_choices_are_named(server, node, inputs, says):
 
 
 @pytest.mark.parametrize(
-    ("node", "name"), [("reweight", "scale"), ("tau", "fade"), ("tau", "self_resolution")]
+    ("node", "name"),
+    [("reweight", "scale"), ("tau", "cross_end"), ("tau", "fade"), ("tau", "self_resolution")],
 )
 def test_numbers_that_are_none_are_named(server, node, name):
     assert_says(reason(server, changed(PAIRED, node, **{name: NAN})), name, "nan")
@@ -186,8 +186,32 @@ def test_numbers_that_are_none_are_named(server, node, name):
 
 @pytest.mark.parametrize("text", ["", "   ", "\n\t"], ids=["empty", "spaces", "lines"])
 @pytest.mark.parametrize("prompt", ["source", "target"])
-def test_an_empty_prompt_is_refused(server, prompt, text):
-    assert_says(refusal(server, changed(PAIRED, "prompts", **{prompt: text})), prompt, "empty")
+def test_an_empty_prompt_is_an_error_that_says_which(server, prompt, text):
+    message = run_error(server, changed(PAIRED, "prompts", **{prompt: text}))
+    assert_says(message, "P2PPromptPair", f"The {prompt} prompt is empty")
+
+
+def test_an_empty_further_target_is_refused(server):
+    graph = changed(PAIRED, "reweight", edit=["more", 0])
+    graph["more"] = {
+        "class_type": "P2PAddTarget",
+        "inputs": {"clip": ["model", 1], "edit": ["prompts", 0], "target": " ", "mode": "auto"},
+    }
+    assert_says(refusal(server, graph), "P2PAddTarget", "target - The target prompt is empty")
+
+
+@pytest.mark.parametrize(
+    ("node", "inputs", "says"),
+    [
+        ("tau", {"words": "car 0.3"}, 'words - Cannot read the line "car 0.3"'),
+        ("reweight", {"words": " "}, "words - No word"),
+        ("tau", {"cross_start": -0.1}, "cross_start"),
+    ],
+)
+def test_a_refusal_is_told_once_with_the_inputs_name(server, node, inputs, says):
+    message = refusal(server, changed(PAIRED, node, **inputs))
+    assert_says(message, says)
+    assert message.count(f"node {node} (") == 1
 
 
 @pytest.mark.parametrize("text", ["", " ", " , "])
@@ -198,13 +222,23 @@ def test_reweighting_no_word_is_refused(server, text):
 @pytest.mark.parametrize(
     ("inputs", "says"),
     [
-        ({"cross_start": 0.8, "cross_end": 0.5}, ["0.8", "0.5", "before"]),
-        ({"self_start": 0.6, "self_end": 0.4}, ["0.6", "0.4", "before"]),
+        ({"cross_start": 0.8, "cross_end": 0.5}, ["cross_end is 0.5, before cross_start at 0.8"]),
+        ({"self_start": 0.6, "self_end": 0.4}, ["self_end is 0.4, before self_start at 0.6"]),
         ({"words": "car: 0.9-0.3"}, ["car: 0.9-0.3", "before"]),
     ],
 )
-def test_a_tau_window_that_ends_before_it_starts_is_refused(server, inputs, says):
-    assert_says(refusal(server, changed(PAIRED, "tau", **inputs)), *says)
+def test_a_tau_window_that_ends_before_it_starts_is_an_error(server, inputs, says):
+    assert_says(reason(server, changed(PAIRED, "tau", **inputs)), "P2PTauScheduler", *says)
+
+
+def test_windows_on_one_line_are_apart_by_commas(server):
+    answer = queue(server, changed(PAIRED, "tau", words="car: 0.3, cat: 0.1-0.6,"))
+    assert failure(server.wait(answer.json()["prompt_id"])) is None
+
+
+def test_a_positive_in_use_without_its_model_is_an_error(server):
+    graph = changed(STOCK, "sample", model=["model", 0])
+    assert_says(run_error(server, graph), "P2PAttentionController", "its model is not")
 
 
 @pytest.mark.parametrize("line", ["car = 0.3", "car", "car: soon", "0.3", ": 0.3"])
@@ -243,7 +277,8 @@ def test_reweighting_a_word_that_is_not_in_the_prompt_lists_its_words(server, wo
 
 
 def test_a_window_for_a_word_that_is_not_in_the_prompt_lists_its_words(server):
-    assert_says(run_error(server, changed(PAIRED, "tau", words="hat: 0.3")), "hat", "a, cat, riding, car")
+    message = run_error(server, changed(PAIRED, "tau", words="hat: 0.3"))
+    assert_says(message, "tau Scheduler, words", "hat", "a, cat, riding, car")
 
 
 def test_reweighting_a_target_that_is_not_there_says_how_many_there_are(server):
