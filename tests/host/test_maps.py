@@ -143,6 +143,7 @@ def test_maps_are_wanted_when_that_output_is_wired_in_the_prompt(studio, output)
         unique_id = "7"
         prompt = {
             "7": {"class_type": "P2PAttentionController", "inputs": {"tau": ["3", 0]}},
+            "8": {"class_type": "KSampler", "inputs": {"model": ["7", 0], "positive": ["7", 1]}},
             "9": {"class_type": "P2PAttentionMaps", "inputs": {"maps": ["7", output], "branch": 0}},
         }
 
@@ -230,6 +231,7 @@ class TestNode:
         [
             ({"words": "zebra"}, '"zebra" is not in the prompt'),
             ({"words": "dog#3"}, "there is no #3"),
+            ({"layers": "tenth"}, "layers is 'tenth'; expected one of quarter, half"),
             ({"branch": 2}, "branch is 2, but the edit has branches 0 (source) to 1"),
             ({"layers": "eighth"}, "no attention layers at 1/8 of the latent's sides; it has 1/2"),
             ({"start": 0.8, "end": 0.9}, "No step of the run lies from 0.8 to 0.9"),
@@ -246,8 +248,7 @@ class TestNode:
         assert AttentionMaps.validate_inputs(start=0.5, end=0.5) == (
             "start is 0.5 and end is 0.5; expected start below end."
         )
-        assert AttentionMaps.validate_inputs(layers="tenth") is not True
-        assert AttentionMaps.validate_inputs(layers="half", start=0.0, end=1.0) is True
+        assert AttentionMaps.validate_inputs(start=0.0, end=1.0) is True
 
 
 @pytest.mark.parametrize(
