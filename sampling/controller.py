@@ -7,6 +7,7 @@ begins and dropped when it ends, which travels in the run's own `transformer_opt
 from __future__ import annotations
 
 import uuid
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,7 +45,7 @@ class Controller:
 
     injection: what the targets take from their source in each forward of the model.
     blocks: the model's transformer blocks, with the downsampling of each.
-    maps: where the words' maps go. reads: tokens whose maps `state` needs during the run, or None.
+    maps: where the words' maps go, as long as somebody has it: it leads back to the model. reads: tokens whose maps `state` needs during the run, or None.
     state: what acts on the sampler's state between steps, in this order.
     unguided: whether the sources' positive conditioning is their negative one too.
     reuse: bytes of host memory in which the sources of runs are kept for later ones; 0 for none.
@@ -54,7 +55,7 @@ class Controller:
     edit: Edit
     injection: Injection
     blocks: dict[BlockKey, int]
-    maps: MapsHandle
+    maps: weakref.ref[MapsHandle]
     reads: Tokens | None = None
     state: tuple[StateEdit, ...] = ()
     unguided: bool = False
@@ -84,7 +85,9 @@ class Controller:
     ) -> Tensor:
         """Begin the run: check the batch, tie the pair's initial noise; drop the run's state at the end."""
         check_rows(noise.shape[0], self.edit.branches, "The latent")
-        run = Run(sigmas.tolist(), tuple(noise.shape), self.edit.branches, self._map_store())
+        maps = self.maps()
+        wanted = maps is not None and maps.wanted
+        run = Run(sigmas.tolist(), tuple(noise.shape), self.edit.branches, self._map_store(wanted))
         for edit in self.state:
             edit.begin(run, noise, sampler, args[0] if args else kwargs.get("denoise_mask"))
         guider = executor.class_obj
@@ -104,16 +107,17 @@ class Controller:
             options.pop(KEY, None)
         if run.reuse is not None:
             run.reuse.report()
-        self.maps.record(
-            samples,
-            run.maps.finish(run) if run.maps is not None and self.maps.wanted else None,
-            lambda: _sample_again(guider, noise, latent_image, sampler, sigmas, args, kwargs),
-        )
+        if maps is not None:
+            maps.record(
+                samples,
+                run.maps.finish(run) if run.maps is not None and wanted else None,
+                lambda: _sample_again(guider, noise, latent_image, sampler, sigmas, args, kwargs),
+            )
         return samples
 
-    def _map_store(self) -> MapStore | None:
+    def _map_store(self, wanted: bool) -> MapStore | None:
         """Where this run keeps maps: of all words if they are wanted, else of those that blending needs."""
-        if self.maps.wanted:
+        if wanted:
             coarse = {block: factor for block, factor in self.blocks.items() if factor > 1} or self.blocks
             return MapStore(self.edit, self.edit.tokens, coarse, keep_steps=True)
         if self.reads is not None:
@@ -315,7 +319,7 @@ def control(
         edit,
         PromptToPrompt(edit, tau, tuple(blocks)),
         blocks,
-        maps or MapsHandle(),
+        weakref.ref(maps or MapsHandle()),
         reads,
         tuple(state),
         unguided=follows is not None and follows.trajectory.reconstruction == "negative prompt",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -149,6 +150,6 @@ def plug_and_play(
     )
     state = () if follows is None else (follows,)
     controller = Controller(
-        edit, injection, blocks, maps or MapsHandle(), None, state, unguided=unguided
+        edit, injection, blocks, weakref.ref(maps or MapsHandle()), None, state, unguided=unguided
     )
     return controlled(model, controller)

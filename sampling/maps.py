@@ -227,7 +227,7 @@ class _Recorded:
 class MapsHandle:
     """What a `maps` output carries: the way to the maps of its controller's latest runs.
 
-    The output exists before the run does; a run leaves its maps here when it ends.
+    The output exists before the run does; a run leaves its maps here when it ends, if the output still exists.
     wanted: whether runs are to read their maps. A run that ended without is made again when they are needed.
     """
 
@@ -239,7 +239,7 @@ class MapsHandle:
         return self  # some hosts copy what is attached to a model
 
     def record(self, samples: Tensor, maps: WordMaps | None, again: Callable[[], object]) -> None:
-        self._runs.append(_Recorded(samples, maps, again))
+        self._runs.append(_Recorded(samples.cpu(), maps, again))
 
     def maps_of(self, samples: Tensor) -> WordMaps:
         """Maps of the run that made `samples`, all of its rows or some; else of the latest run.

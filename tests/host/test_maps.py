@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import comfy.ldm.modules.attention as host_attention
 import p2p.sampling.maps as sampling_maps
 import pytest
@@ -169,6 +172,25 @@ def test_each_of_two_passes_has_its_own_maps(studio):
     second = ksampler(controlled, positive, studio.negative, large, Settings(denoise=0.5))
     assert handle.maps_of(first).size == (8, 8) and handle.maps_of(second).size == (16, 16)
     assert handle.maps_of(torch.zeros(1, 4, 5, 5)).size == (16, 16)  # not of either: the latest
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_a_controlled_model_goes_with_its_last_user(studio, wanted):
+    """Memory is given back at once, not when Python next looks for cycles."""
+    gc.collect()
+    gc.disable()
+    try:
+        controlled, positive, handle = AttentionController.execute(studio.model, studio.edit(), PART).args
+        handle.wanted = wanted
+        rows = PairedLatent.execute(empty(), studio.edit()).args[0]
+        ksampler(controlled, positive, studio.negative, rows, Settings())
+        alive = weakref.ref(controlled)
+        del controlled, positive
+        assert alive() is not None  # the maps output can still be asked
+        del handle
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_no_run_yet_is_an_error_that_says_what_to_connect():
