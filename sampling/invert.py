@@ -86,7 +86,7 @@ def invert(
         seed=0,
     )
     trajectory = Trajectory(
-        tuple(reversed(path)), tuple(sigmas.tolist()), ModelIdentity.of(model), reconstruction
+        tuple(reversed(path)), tuple(sigmas.tolist()), ModelIdentity.of(model), reconstruction, scheduler
     )
     return trajectory, {**latent, "samples": noise}
 

@@ -9,6 +9,7 @@ from inspect import signature
 from typing import Any
 
 import torch
+from comfy.samplers import KSampler, calculate_sigmas
 from einops import repeat
 from torch import Tensor
 
@@ -52,12 +53,14 @@ class Trajectory:
     reconstruction: how a run's source is kept on it. "direct": its latent is put back on the path at every
         step (Ju et al. 2024). "negative prompt": the run starts where the path does, and the source prompt is
         the source's own negative prompt, so that guidance does not move it (Miyake et al. 2023).
+    scheduler: the host's name for the spacing of the sigmas.
     """
 
     latents: tuple[Tensor, ...]
     sigmas: tuple[float, ...]
     model: ModelIdentity
     reconstruction: str = "direct"
+    scheduler: str | None = None
 
     @property
     def steps(self) -> int:
@@ -73,9 +76,10 @@ class Trajectory:
                 f"is {what}. Connect Invert Image to the model that samples."
             )
 
-    def offset_in(self, sigmas: Sequence[float]) -> int:
+    def offset_in(self, sigmas: Sequence[float], sampling: Any) -> int:
         """Where in the path a run with these sigmas begins: 0, or later for denoise below 1.
 
+        sampling: the model's, which knows the schedulers' sigmas.
         Raises ValueError, which says both sides, unless they are a part of the path's.
         """
         wanted, own = torch.tensor(sigmas), torch.tensor(self.sigmas)
@@ -83,16 +87,31 @@ class Trajectory:
             if torch.allclose(own[offset : offset + len(wanted)], wanted, rtol=1e-4, atol=1e-6):
                 return offset
         raise ValueError(
-            f"The trajectory has {_steps_of(self.sigmas)}, but the run has {_steps_of(sigmas)}. "
+            f"The trajectory has {_steps_of(self.sigmas, self.scheduler)}, but the run has "
+            f"{_steps_of(sigmas, _scheduler_of(sigmas, sampling))}. "
             "Use the same steps and scheduler in Invert Image and in the sampler (with denoise below 1, "
             "Invert Image needs steps / denoise)."
         )
 
 
-def _steps_of(sigmas: Sequence[float]) -> str:
-    return f"{len(sigmas) - 1} steps from sigma {sigmas[0]:.4g} to {sigmas[-1]:.4g}" + (
-        f" (the next is {sigmas[1]:.4g})" if len(sigmas) > 1 else ""
+def _steps_of(sigmas: Sequence[float], scheduler: str | None) -> str:
+    return (
+        f"{len(sigmas) - 1} steps"
+        + (f" of scheduler {scheduler}" if scheduler else "")
+        + f" from sigma {sigmas[0]:.4g} to {sigmas[-1]:.4g}"
+        + (f" (the next is {sigmas[1]:.4g})" if len(sigmas) > 1 else "")
     )
+
+
+def _scheduler_of(sigmas: Sequence[float], sampling: Any) -> str | None:
+    """The host's scheduler that gives these sigmas in as many steps, if one does."""
+    for name in KSampler.SCHEDULERS if len(sigmas) > 1 else ():
+        given = calculate_sigmas(sampling, name, len(sigmas) - 1).tolist()
+        if len(given) == len(sigmas) and torch.allclose(
+            torch.tensor(given), torch.tensor(sigmas), rtol=1e-4, atol=1e-6
+        ):
+            return name
+    return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,9 +121,12 @@ class Followed:
     Every branch starts from the path; with direct inversion (Ju et al. 2024) the source's latent is put back
     on it before every step and at the end, so the source is the picture whatever the guidance. A run that
     adds no noise goes on from the latent that it was given, as in any sampler; only its sources are put back.
+
+    sampling: of the run's model, which knows the schedulers' sigmas.
     """
 
     trajectory: Trajectory
+    sampling: Any
 
     def begin(self, run: Run, noise: Tensor, sampler: Any, denoise_mask: Tensor | None) -> None:
         """Raise ValueError for a run that cannot follow this trajectory."""
@@ -126,7 +148,7 @@ class Followed:
                 "A trajectory and a noise mask exclude each other: both say what the source is outside the "
                 "mask. Remove Set Latent Noise Mask; Local Blend with a mask keeps the rest of the picture."
             )
-        offset = self.trajectory.offset_in(run.sigmas)
+        offset = self.trajectory.offset_in(run.sigmas, self.sampling)
         run.made[_BEGIN] = offset, bool(torch.count_nonzero(noise))
 
     def edit(self, x: Tensor, step: int, run: Run) -> None:
@@ -143,7 +165,7 @@ def follow(model: Any, trajectory: Trajectory | None) -> Followed | None:
     if trajectory is None:
         return None
     trajectory.check_model(model)
-    return Followed(trajectory)
+    return Followed(trajectory, model.get_model_object("model_sampling"))
 
 
 _BEGIN = ("trajectory",)

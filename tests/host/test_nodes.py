@@ -371,10 +371,10 @@ def test_a_batch_that_is_no_multiple_of_the_branches_is_an_error_that_says_both_
     studio, rows, branches
 ):
     edit = studio.edit(SOURCE, *["a castle"] * (branches - 1))
-    with pytest.raises(ValueError, match=f"batch of {rows}.*{branches} branches"):
+    with pytest.raises(ValueError, match=f"batch of {rows}.*{branches} branches.*same edit"):
         SplitBranches.execute(torch.zeros(rows, 8, 8, 3), edit)
     model, positive = AttentionController.execute(studio.model, edit, FULL).args[:2]
-    with pytest.raises(ValueError, match=f"batch of {rows}.*{branches} branches.*Paired Latent"):
+    with pytest.raises(ValueError, match=f"batch of {rows}.*{branches} branches.*Paired Latent.*same edit"):
         ksampler(model, positive, studio.negative, empty(rows), Settings())
 
 
