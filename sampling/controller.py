@@ -190,7 +190,7 @@ class Controller:
         for name, entries in conds.items():
             for entry in entries:
                 if entry.get(KEY) == self.mark and _has_own_tensors(entry):
-                    if name != "negative":
+                    if "negative" not in name:  # PerpNegGuider's is "empty_negative_prompt"
                         tensors.append(entry["model_conds"]["c_crossattn"])
                     elif any(
                         _begins_with(entry["cross_attn"], cond) for cond, _ in self.edit.source.conditioning

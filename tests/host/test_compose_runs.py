@@ -32,6 +32,7 @@ from p2p.tests.host.runs import (
     empty,
     ksampler,
     picture,
+    sampler_custom_advanced,
 )
 
 assert comfy_extras.nodes_post_processing  # before nodes_latent; on some hosts they import each other
@@ -332,8 +333,22 @@ def test_another_positive_is_refused(studio):
 def test_the_positive_in_the_negative_input_is_refused(studio):
     edit = studio.edit()
     controlled, positive = AttentionController.execute(studio.model, edit, PART).args[:2]
+    rows = studio.rows(edit, empty())
     with pytest.raises(ValueError, match="negative input"):
-        ksampler(controlled, positive, positive, studio.rows(edit, empty()), SHORT)
+        ksampler(controlled, positive, positive, rows, SHORT)
+    for own in (positive, studio.encode(SOURCE)):
+        guider = stock(
+            "comfy_extras.nodes_perpneg",
+            "PerpNegGuider",
+            model=controlled,
+            positive=own,
+            negative=studio.negative,
+            empty_conditioning=positive,
+            cfg=4.0,
+            neg_scale=1.0,
+        )
+        with pytest.raises(ValueError, match="negative input"):
+            sampler_custom_advanced(controlled, own, studio.negative, rows, SHORT, guider)
 
 
 @refused(
