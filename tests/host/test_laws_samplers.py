@@ -175,3 +175,13 @@ def test_law_3_on_every_sampler_node(studio, node):
 def test_sampler_nodes_named_as_untied_are(studio, node):
     source, target = run_node(studio, node, studio.edit(SOURCE, SOURCE), FULL)
     assert difference(target, source) > EDITED
+
+
+@pytest.mark.parametrize("name", ["euler", "heun", "dpm_2"])
+def test_samplers_with_churn_are_untied(studio, name):
+    """They draw its noise for every row, in their own loops."""
+    edit = studio.edit(SOURCE, SOURCE)
+    model, positive = control(studio.model, edit, FULL)
+    sampler = comfy.samplers.ksampler(name, {"s_churn": 2.0})
+    rows = sampler_custom(model, positive, studio.negative, studio.rows(edit, empty()), Settings(), sampler)
+    assert difference(rows[1:], rows[:1]) > EDITED
