@@ -8,6 +8,7 @@ import pytest
 import torch
 from p2p.nodes import AttentionController, PairedSampler
 from p2p.sampling.layout import lay_out
+from p2p.sampling.pairing import seeing_images_of
 from p2p.tests.host.beside import (
     NEIGHBOURS,
     graphs,
@@ -388,6 +389,23 @@ def test_laying_out_changes_neither_the_users_tensors_nor_their_control_nets(stu
     assert one["control"].cond_hint_original is chained.cond_hint_original  # one image for all rows
     assert torch.equal(one["mask"], mask[items])
     assert torch.equal(one["concat_latent_image"], latents[[0] * 6 + [1] * 6])
+
+
+def test_the_pair_takes_from_its_negatives_what_the_model_sees_and_nothing_else():
+    cond, image = torch.zeros(1, 77, 8), torch.zeros(1, 4, 8, 8)
+    first, second, boxes = object(), object(), object()
+    own = {"area": (4, 4, 0, 0), "mask": image, "strength": 0.5, "start_percent": 0.3, "hooks": object()}
+    negative = [
+        [cond, {"pooled_output": cond, "gligen": boxes}],
+        [cond, {**own, "control": first, "control_apply_to_uncond": True}],
+        [cond, {**own, "control": second, "concat_latent_image": image, "concat_mask": image}],
+    ]
+    ((same, options),) = seeing_images_of(negative, [[cond, {"pooled_output": image}]])
+    assert same is cond and options.pop("pooled_output") is image
+    assert options.pop("control") is first and options.pop("control_apply_to_uncond") is True
+    assert options.pop("gligen") is boxes
+    assert options.pop("concat_latent_image") is options.pop("concat_mask") is image
+    assert options == {}
 
 
 def test_a_single_image_or_mask_is_left_as_it_is(studio):
