@@ -51,11 +51,35 @@ def read(clip: Any, text: str, role: str) -> Prompt:
 
 def start_edit(clip: Any, source: str, target: str, mode: str) -> Edit:
     """An edit of one source and one target prompt."""
-    return add_target(clip, Edit(Source(*encode(clip, source, "source"))), target, mode)
+    return _with_target(clip, Edit(Source(*encode(clip, source, "source"))), target, mode)
 
 
 def add_target(clip: Any, edit: Edit, target: str, mode: str) -> Edit:
-    """The edit with one more target."""
+    """The edit with one more target.
+
+    Raises ValueError for another text encoder than the source's: one that encodes the source differently.
+    """
+    before = edit.source.conditioning
+    again = clip.encode_from_tokens_scheduled(clip.tokenize(edit.source.text))
+    if len(again) != len(before) or not all(
+        _alike(one, other) for (one, _), (other, _) in zip(again, before, strict=True)
+    ):
+        raise ValueError(
+            "The clip is not the one that encoded the source prompt; connect the same CLIP, with the same "
+            "LoRAs and clip skip, to Prompt Pair and Add Target."
+        )
+    return _with_target(clip, edit, target, mode)
+
+
+def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two encodings are the same but for rounding."""
+    if one.shape != other.shape:
+        return False
+    one, other = one.float(), other.to(one.device, torch.float32)
+    return bool((one - other).norm() <= 0.01 * other.norm())
+
+
+def _with_target(clip: Any, edit: Edit, target: str, mode: str) -> Edit:
     prompt, conditioning = encode(clip, target, "target")
     return edit.with_target(prompt, mode, conditioning)
 

@@ -244,14 +244,18 @@ class MapsHandle:
     def maps_of(self, samples: Tensor) -> WordMaps:
         """Maps of the run that made `samples`, all of its rows or some; else of the latest run.
 
-        Raises ValueError if there was no run yet.
+        Raises ValueError if there was no run yet, and for an empty latent that no run made.
         """
         if not self._runs:
             raise ValueError(
                 "No run has been made with this controller yet. Connect the latent that its sampler puts out "
                 "to samples."
             )
-        found = next((run for run in reversed(self._runs) if _holds(run.samples, samples)), self._runs[-1])
+        found = next((run for run in reversed(self._runs) if _holds(run.samples, samples)), None)
+        if found is None:
+            if not torch.count_nonzero(samples):
+                raise ValueError("samples is an empty latent; connect the latent that the sampler puts out.")
+            found = self._runs[-1]
         if found.maps is None:
             self.wanted = True
             found.again()

@@ -161,8 +161,8 @@ def check_rows(rows: int, branches: int, what: str) -> None:
         raise ValueError(
             f"{what} has a batch of {rows}, which is not a multiple of the edit's {branches} branches "
             f"(1 source and {branches - 1} target{'s' if branches > 2 else ''}). "
-            "Put a Paired Latent node between the latent and the sampler, and connect the same edit to it, to "
-            "the controller and to Split Branches."
+            "Put a Paired Latent node between the latent and the sampler, and connect the same edit to it, "
+            "to the controller and to Split Branches."
         )
 
 

@@ -381,7 +381,7 @@ def test_options_that_add_noise_keep_a_sampler_from_following(studio, trajectory
     ("settings", "latent", "message"),
     [
         (Settings(steps=6), picture(), "trajectory has 4 steps.* run has 6 steps"),
-        (Settings(scheduler="karras"), picture(), "4 steps of scheduler normal .* 4 steps of scheduler karras"),
+        (Settings(scheduler="karras"), picture(), "4 steps of scheduler normal .* scheduler karras"),
         (Settings(denoise=0.5), picture(), "trajectory has 4 steps.* run has 4 steps"),
         (Settings(), picture(1, 8, 16), "trajectory has latents of 8 x 8.* run's are of 16 x 8"),
         (Settings(), picture(3), "trajectory has a batch of 1.* run has 3 pairs"),

@@ -171,7 +171,9 @@ def test_each_of_two_passes_has_its_own_maps(studio):
     large = {**rows, "samples": torch.nn.functional.interpolate(first, (16, 16))}
     second = ksampler(controlled, positive, studio.negative, large, Settings(denoise=0.5))
     assert handle.maps_of(first).size == (8, 8) and handle.maps_of(second).size == (16, 16)
-    assert handle.maps_of(torch.zeros(1, 4, 5, 5)).size == (16, 16)  # not of either: the latest
+    assert handle.maps_of(torch.ones(1, 4, 5, 5)).size == (16, 16)  # not of either: the latest
+    with pytest.raises(ValueError, match="samples is an empty latent"):
+        handle.maps_of(empty()["samples"])
 
 
 @pytest.mark.parametrize("wanted", [False, True])

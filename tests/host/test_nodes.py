@@ -285,6 +285,39 @@ def test_a_choice_that_is_not_there_is_an_error_that_names_it(studio, node, choi
         node.execute(**{name: value for name, value in given.items() if name in names})
 
 
+class OtherClip:
+    """A clip whose encodings are changed."""
+
+    def __init__(self, clip, change):
+        self.clip, self.change, self.tokenizer = clip, change, clip.tokenizer
+
+    def tokenize(self, *given, **options):
+        return self.clip.tokenize(*given, **options)
+
+    def encode_from_tokens_scheduled(self, tokens):
+        return self.change(self.clip.encode_from_tokens_scheduled(tokens))
+
+
+@pytest.mark.parametrize(
+    ("change", "fits"),
+    [
+        (lambda entries: entries, True),
+        (lambda entries: [[cond + 1e-3 * torch.randn_like(cond), more] for cond, more in entries], True),
+        (lambda entries: [[cond + 0.1 * torch.randn_like(cond), more] for cond, more in entries], False),
+        (lambda entries: [[torch.cat([cond, cond], -1), more] for cond, more in entries], False),
+        (lambda entries: [*entries, *entries], False),
+    ],
+    ids=["the same", "rounded", "other weights", "another width", "scheduled"],
+)
+def test_a_further_target_needs_the_sources_text_encoder(studio, change, fits):
+    clip = OtherClip(studio.clip, change)
+    if fits:
+        assert len(AddTarget.execute(clip, studio.edit(), "a castle", "auto").args[0].targets) == 2
+    else:
+        with pytest.raises(ValueError, match="clip is not the one that encoded the source prompt"):
+            AddTarget.execute(clip, studio.edit(), "a castle", "auto")
+
+
 # Attention Controller
 
 
