@@ -172,8 +172,8 @@ def test_controllers_in_a_chain_are_refused(studio):
     "Latents",
     "Paired Sampler, then a second pass (hires fix)",
     holds=ALL_LAWS,
-    note="Its *paired* output, upscaled, goes into another *Paired Sampler* or, with the model and positive of "
-    "*Attention Controller*, into a stock sampler.",
+    note="Its *paired* output, upscaled, goes into another *Paired Sampler* or, with the model and positive "
+    "of *Attention Controller*, into a stock sampler.",
 )
 @pytest.mark.parametrize("targets", [(TARGET,), (TARGET, "a castle")], ids=["one target", "two targets"])
 def test_a_second_pass_after_the_paired_sampler(studio, targets):
