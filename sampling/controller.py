@@ -45,7 +45,8 @@ class Controller:
 
     injection: what the targets take from their source in each forward of the model.
     blocks: the model's transformer blocks, with the downsampling of each.
-    maps: where the words' maps go, as long as somebody has it: it leads back to the model. reads: tokens whose maps `state` needs during the run, or None.
+    maps: where the words' maps go, as long as somebody has it: it leads back to the model.
+    reads: tokens whose maps `state` needs during the run, or None.
     state: what acts on the sampler's state between steps, in this order.
     unguided: whether the sources' positive conditioning is their negative one too.
     reuse: bytes of host memory in which the sources of runs are kept for later ones; 0 for none.

@@ -227,7 +227,7 @@ class _Recorded:
 class MapsHandle:
     """What a `maps` output carries: the way to the maps of its controller's latest runs.
 
-    The output exists before the run does; a run leaves its maps here when it ends, if the output still exists.
+    The output exists before the run does; a run leaves its maps here when it ends, if it still exists.
     wanted: whether runs are to read their maps. A run that ended without is made again when they are needed.
     """
 
