@@ -107,7 +107,8 @@ def cross_attention(
     Column operations on a map commute to the values, so this is the edited map of Hertz et al. 2023
     (section 3.2: word swap, refinement, re-weighting) times V_t, in at most two ordinary attention calls.
 
-    attend: the whole batch's attention, whatever other nodes made of it; called once.
+    attend: attention of all these rows, whatever other nodes made of it; called once. Where another node
+        replaces attention they are the whole batch.
     attend_own: plain attention, called on the target rows for the second term where there is one.
     q (b, n, h d), k and v (b, L, h d); L holds the conditioning's t tokens `copies` times, and then tokens
     that another node appended inside this attention, which both branches share.

@@ -433,8 +433,22 @@ def test_memory_that_cannot_be_pinned_is_ordinary_memory(monkeypatch):
             raise RuntimeError("CUDA error: out of memory")
         return torch.zeros(*size, **kwargs)
 
-    monkeypatch.setattr(source_reuse.torch, "empty", empty)
+    monkeypatch.setattr("torch.empty", empty)
     assert source_reuse.host_memory(torch.zeros(2, 3, dtype=torch.float16)).shape == (2, 3)
+
+
+@pytest.mark.parametrize(("pinned", "expected"), [(True, 64), (False, 36)])
+def test_pinned_memory_counts_as_the_blocks_that_pytorch_takes(monkeypatch, pinned, expected):
+    """Blocks of powers of two, unless the host was told not to pin."""
+
+    class OnGpu:
+        device, nbytes = torch.device("cuda"), 36
+
+        def is_pinned(self):
+            return False
+
+    monkeypatch.setattr(source_reuse.host_args, "disable_pinned_memory", not pinned, raising=False)
+    assert source_reuse.host_bytes(OnGpu()) == expected
 
 
 def test_an_interrupted_run_leaves_what_it_finished_and_nothing_half(studio, rows):

@@ -81,7 +81,6 @@ class Neighbour:
     node. seeded: the node draws random numbers of its own. shared: what Paired Sampler's negative is given in
     place of `positive` or `sample`, for the pairs take it from there.
     fails: laws that do not hold, with the reason. acts: False where the node only must do no harm.
-    plain_latent: of the plain run, where its latent is not just the unpaired one.
     """
 
     kind: str
