@@ -10,6 +10,7 @@ from .invert import InvertImage
 from .maps import AttentionMaps
 from .prompts import AddTarget, PromptPair, TokenReweight
 from .sample import PairedLatent, PairedSampler, SplitBranches
+from .save import SavePairs
 from .sweep import TauSweep
 
 NODES: list[type[io.ComfyNode]] = [
@@ -27,6 +28,7 @@ NODES: list[type[io.ComfyNode]] = [
     InvertImage,
     FeatureInjection,
     ComparisonGrid,
+    SavePairs,
     DemoModel,
 ]
 

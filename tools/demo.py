@@ -10,6 +10,7 @@ import argparse
 import html
 import io
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -70,6 +71,19 @@ def describe(workflow: dict[str, Any], name: str) -> tuple[str, list[tuple[str, 
     return title, prompts
 
 
+def sheet(contents: list[bytes]) -> bytes:
+    """Several pictures as one, in about as many rows as columns."""
+    images = [Image.open(io.BytesIO(content)).convert("RGB") for content in contents]
+    width, height = max(image.width for image in images), max(image.height for image in images)
+    columns = math.ceil(math.sqrt(len(images)))
+    joined = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height), "white")
+    for number, image in enumerate(images):
+        joined.paste(image, (number % columns * width, number // columns * height))
+    content = io.BytesIO()
+    joined.save(content, "PNG")
+    return content.getvalue()
+
+
 def render(editor: Editor, path: Path, progress: Callable[[float], None]) -> Rendered:
     """Runs one workflow on the page and keeps what its Save Image nodes wrote."""
     started = time.monotonic()
@@ -79,8 +93,11 @@ def render(editor: Editor, path: Path, progress: Callable[[float], None]) -> Ren
     images = editor.server.images(entry)
     if not images:
         raise ServerError("it ran, but no Save Image node wrote a picture")
+    contents = [content for _, content in images]
+    if len({node for node, _ in images}) == 1 < len(images):
+        contents = [sheet(contents)]
     pictures = []
-    for number, (_, content) in enumerate(images):
+    for number, content in enumerate(contents):
         picture = OUTPUT / (f"{path.stem}.png" if number == 0 else f"{path.stem}_{number + 1}.png")
         picture.write_bytes(content)
         pictures.append(picture)

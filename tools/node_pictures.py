@@ -101,6 +101,12 @@ SCENES = {
     "P2PComparisonGrid": Scene(
         (("VAEDecode", 0, "images"),), ((0, "SaveImage", "images"),), {"labels": "source\ntarget"}, (340, 200)
     ),
+    "P2PSavePairs": Scene(
+        (EDIT, ("P2PSplitBranches", 0, "source"), ("P2PSplitBranches", 1, "targets")),
+        (),
+        {"instruction": "turn the bicycle into a car"},
+        (380, 220),
+    ),
     "P2PDemoModel": Scene(
         (),
         ((0, "P2PSampler", "model"), (1, "P2PPromptPair", "clip"), (2, "VAEDecode", "vae")),

@@ -668,6 +668,51 @@ def mutual_attention() -> Workflow:
     )
 
 
+def training_pairs() -> Workflow:
+    """Edited pairs with their instructions, written as a set to train on."""
+    nodes = {
+        "note": note(
+            "A training set of edited pairs",
+            "*Save Pairs* writes each source and target as a PNG file, and their prompts and the instruction "
+            "as a line of *metadata.jsonl* beside them. Every run adds to the set.",
+            "*randomize* as the seed's *control after generate*, and more than one run at a time; other "
+            "prompts, with an instruction for each.",
+        ),
+        **common(batch=2),
+        "prompts": prompts("a cat riding a bicycle", "a cat riding a car"),
+        "target2": Node(
+            "P2PAddTarget",
+            {"clip": ("model", CLIP), "edit": ("prompts", 0)},
+            {"target": "a cat riding a bicycle at night", "mode": "auto"},
+            "Add Target 2",
+            size=TARGET_SIZE,
+        ),
+        "tau": tau(),
+        "sample": sampler(1, "target2"),
+        "sources": Node("VAEDecode", {"samples": ("sample", SOURCE), "vae": ("model", VAE)}),
+        "targets": Node("VAEDecode", {"samples": ("sample", TARGETS), "vae": ("model", VAE)}),
+        "save": Node(
+            "P2PSavePairs",
+            {"edit": ("target2", 0), "source": ("sources", 0), "targets": ("targets", 0)},
+            {
+                "filename_prefix": f"{PACK}/pairs/pair",
+                "instruction": "turn the bicycle into a car\nmake it night",
+            },
+            size=(620.0, 180.0),
+            room=420.0,
+        ),
+    }
+    return Workflow(
+        nodes,
+        [
+            START,
+            [Group("The edits", [["prompts", "tau"], ["target2"]], "#8A8")],
+            [Group("One source, two targets", [["sample", "sources", "targets"]], "#88A")],
+            [Group("The training set", [["save"]], "#b58b2a")],
+        ],
+    )
+
+
 CATALOGUE = {
     "word_swap": word_swap,
     "refinement": refinement,
@@ -680,6 +725,7 @@ CATALOGUE = {
     "photograph": photograph,
     "plug_and_play": plug_and_play,
     "mutual_attention": mutual_attention,
+    "training_pairs": training_pairs,
 }
 
 # Adds nodes with their widgets and links to an empty graph; returns the size that each node asks for.

@@ -98,6 +98,10 @@ INTERFACE = {
         [("model", "MODEL"), ("edit", "P2P_EDIT"), ("feature_end", "FLOAT"), ("attention_end", "FLOAT")],
         [("model", "MODEL"), ("positive", "CONDITIONING"), ("maps", "P2P_MAPS")],
     ),
+    "P2PSavePairs": (
+        [("edit", "P2P_EDIT"), ("source", "IMAGE"), ("targets", "IMAGE"), ("filename_prefix", "STRING")],
+        [],
+    ),
     "P2PDemoModel": ([], [("model", "MODEL"), ("clip", "CLIP"), ("vae", "VAE")]),
 }
 DEFAULTS = {

@@ -33,6 +33,7 @@ INTERFACE = {
         "model edit feature_end attention_end [trajectory] [source_conditioning]",
         "model:MODEL positive:CONDITIONING maps:P2P_MAPS",
     ),
+    "P2PSavePairs": ("edit source targets filename_prefix [instruction]", ""),
     "P2PDemoModel": ("", "model:MODEL clip:CLIP vae:VAE [picture:IMAGE]"),
 }
 WORKFLOWS = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
