@@ -275,14 +275,15 @@ def test_targets_of_one_prompt_may_share_an_instruction(studio, output, text, ex
     assert [line["edit_prompt"] for line in lines_of(output / "pairs")] == expected
 
 
-def test_the_library_datasets_finds_both_pictures_and_all_texts(studio, output, monkeypatch):
+@pytest.mark.parametrize("name", ["pair", "test"])  # "test" names a split to it, unless it is told the files
+def test_the_library_datasets_finds_both_pictures_and_all_texts(studio, output, monkeypatch, name):
     datasets = pytest.importorskip("datasets", minversion="3.4")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)
     edit = studio.edit(SOURCE, *TARGETS[:2])
-    runs = [save(edit, 2, seed, instruction=text)[:2] for seed, text in ((0, ""), (5, "one\ntwo"))]
-    rows = datasets.load_dataset(
-        "imagefolder", data_dir=str(output / "pairs"), cache_dir=str(output / "cache"), split="train"
-    )
+    runs = [save(edit, 2, n, f"pairs/{name}", text)[:2] for n, text in ((0, ""), (5, "one\ntwo"))]
+    files = {"train": str(output / "pairs" / "**")}
+    cache = str(output.parent / "cache")
+    rows = datasets.load_dataset("imagefolder", data_files=files, cache_dir=cache, split="train")
     assert rows.column_names == [field.removesuffix("_file_name") for field in FIELDS]
     assert rows["edit_prompt"][:] == ["", ""] * 2 + ["one", "two"] * 2
     expected = [
