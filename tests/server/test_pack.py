@@ -21,7 +21,7 @@ INTERFACE = {
     "P2PSampler": (
         "model edit tau negative latent seed steps cfg sampler_name scheduler denoise "
         "[blend] [trajectory] [reuse_gb]",
-        "source:LATENT targets:LATENT [maps:P2P_MAPS]",
+        "source:LATENT targets:LATENT [maps:P2P_MAPS] [paired:LATENT]",
     ),
     "P2PSplitBranches": ("images edit", "source:IMAGE targets:IMAGE"),
     "P2PComparisonGrid": ("images [labels] columns", "image:IMAGE"),
