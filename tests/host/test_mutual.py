@@ -162,7 +162,7 @@ def test_targets_with_modes_of_their_own_are_as_alone(studio):
 def test_from_a_trajectory_the_target_looks_at_the_picture(studio):
     trajectory, _ = invert(studio.model, studio.encode(SOURCE), picture(), STEPS, "normal")
     settings = ("euler", "normal", 1.0)
-    source, target, _ = (
+    source, target = (
         latent["samples"]
         for latent in sample_pairs(
             studio.model,
