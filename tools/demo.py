@@ -90,7 +90,8 @@ def render(editor: Editor, path: Path, progress: Callable[[float], None]) -> Ren
     workflow = json.loads(path.read_text(encoding="utf-8"))
     editor.load(workflow, path.stem)
     entry = editor.run(progress)
-    images = editor.server.images(entry)
+    order = [str(node["id"]) for node in workflow["nodes"]]  # the thumbnail is the first one's
+    images = sorted(editor.server.images(entry), key=lambda image: order.index(image[0]))
     if not images:
         raise ServerError("it ran, but no Save Image node wrote a picture")
     contents = [content for _, content in images]

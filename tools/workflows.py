@@ -23,16 +23,20 @@ WORKFLOWS = ROOT / "workflows"
 GAP = 40.0  # between nodes and between groups
 TITLE = 30.0  # a node's title bar, which the page draws above its position
 GROUP_TITLE = 50.0
+NARROW = 200.0  # least width of a node where the page draws it without its canvas
 LETTER = 14.0  # width of a letter in a group's title
-PROMPT_SIZE = (400.0, 330.0)  # room for two prompts and the alignment that a run shows below them
+PROMPT_SIZE = (400.0, 400.0)  # room for two prompts of twenty tags and their alignment below them
 TARGET_SIZE = (400.0, 200.0)
 NEGATIVE_SIZE = (400.0, 100.0)
-PICTURE_SIZE = (620.0, 460.0)
+PICTURE_WIDTH = 620.0
+PICTURE_FRAME = 120.0  # height of a node that saves a picture, without the picture
+CAPTION = 0.2  # height of a label in a grid, per picture
 SAMPLER_SIZE = (300.0, 0.0)
-PREVIEW = 240.0  # height of the preview that a sampler shows while it runs
+ROWS = 20.0  # height by which many inputs are taller where the page draws nodes without its canvas
+PREVIEW = 330.0  # height of the preview that a sampler shows while it runs
 
 MODEL, CLIP, VAE, IMAGE = range(4)  # outputs of Load Demo Model, the first three of every model loader
-SOURCE, TARGETS, MAPS = range(3)  # outputs of Paired Sampler, the first two also of Split Branches
+SOURCE, TARGETS, MAPS, PAIRED = range(4)  # outputs of Paired Sampler, the first two also of Split Branches
 
 
 @dataclass(frozen=True)
@@ -62,13 +66,27 @@ class Workflow:
     layout: list[list[Group]]  # columns of groups, from left to right
 
 
-def note(title: str, shows: str, attempt: str) -> Node:
-    text = (
-        f"## {title}\n\n{shows}\n\n**Try:** {attempt}\n\n"
-        "**Your own checkpoint:** exchange *Load Demo Model* for *Load Checkpoint* (model, clip and vae go "
-        "to the same places), set *Empty Latent Image* to 512 px (SD1.5) or 1024 px (SDXL) and cfg to 7.5."
-    )
-    return Node("MarkdownNote", widgets={"0": text}, title="About this workflow", size=(400.0, 290.0))
+CHECKPOINT = """**Your own checkpoint**
+
+1. Exchange *Load Demo Model* for *Load Checkpoint*: model, clip and vae go to the same places.
+2. Write your prompt into *source*, copy it to *target* and change words.
+3. Set the picture's size, steps and cfg; *batch_size* 1 first.
+
+| | size | steps | cfg |
+|---|---|---|---|
+| SD1.5 | 512 | 30 | 7 |
+| SD2 | 768 | 30 | 7 |
+| SDXL | 1024 | 30 | 6 |
+| anime SDXL | 1024 | 28 | 5 |
+| Turbo | 512 | 4 | 1 |
+| Lightning | 1024 | 8 | 1 |
+
+Too little change: lower *cross_end* and *self_end*. Too much: raise them."""
+
+
+def note(title: str, shows: str, attempt: str, own: str = CHECKPOINT) -> Node:
+    text = f"## {title}\n\n{shows}\n\n**Try:** {attempt}\n\n{own}"
+    return Node("MarkdownNote", widgets={"0": text}, title="About this workflow", size=(400.0, 650.0))
 
 
 def prompts(source: str, target: str, mode: str = "auto") -> Node:
@@ -93,6 +111,7 @@ def sampler(
     edit: str = "prompts",
     schedule: str = "tau",
     title: str | None = None,
+    denoise: float = 1.0,
     **optional: str,
 ) -> Node:
     return Node(
@@ -105,7 +124,7 @@ def sampler(
             "latent": ("latent", 0),
             **{name: (node, 0) for name, node in optional.items()},
         },
-        {"seed": seed, "control_after_generate": "fixed", **SETTINGS},
+        {"seed": seed, "control_after_generate": "fixed", **SETTINGS, "denoise": denoise},
         title=title,
         size=SAMPLER_SIZE,
         room=PREVIEW,
@@ -123,7 +142,9 @@ def common(batch: int) -> dict[str, Node]:
     }
 
 
-def ending(name: str, latents: list[tuple[str, int]], labels: list[str], columns: int) -> dict[str, Node]:
+def ending(
+    name: str, latents: list[tuple[str, int]], labels: list[str], columns: int, rows: int
+) -> dict[str, Node]:
     """Latents joined in order, decoded, laid out as a labelled grid and saved."""
     nodes: dict[str, Node] = {}
     joined = latents[0]
@@ -136,13 +157,18 @@ def ending(name: str, latents: list[tuple[str, int]], labels: list[str], columns
         {"images": ("decode", 0)},
         {"labels": "\n".join(labels), "columns": columns},
     )
-    nodes["save"] = saved(name)
+    nodes["save"] = saved(name, columns, rows, bool(labels))
     return nodes
 
 
-def saved(name: str) -> Node:
+def saved(name: str, columns: int, rows: int, labels: bool) -> Node:
+    """Saves a grid of square pictures, with room for it at the node's full width."""
+    height = PICTURE_FRAME + PICTURE_WIDTH * rows * (1 + CAPTION * labels) / columns
     return Node(
-        "SaveImage", {"images": ("grid", 0)}, {"filename_prefix": f"{PACK}/{name}"}, size=PICTURE_SIZE
+        "SaveImage",
+        {"images": ("grid", 0)},
+        {"filename_prefix": f"{PACK}/{name}"},
+        size=(PICTURE_WIDTH, round(height)),
     )
 
 
@@ -163,7 +189,14 @@ def word_swap() -> Workflow:
         "prompts": prompts("a cat riding a bicycle", "a cat riding a car"),
         "tau": tau(),
         "sample": sampler(seed=1),
-        **ending("word_swap", [("sample", SOURCE), ("sample", TARGETS)], [], columns=3),
+        **ending("word_swap", [("sample", SOURCE), ("sample", TARGETS)], [], columns=3, rows=2),
+        "decode_targets": Node("VAEDecode", {"samples": ("sample", TARGETS), "vae": ("model", VAE)}),
+        "save_targets": Node(
+            "SaveImage",
+            {"images": ("decode_targets", 0)},
+            {"filename_prefix": f"{PACK}/word_swap_target"},
+            size=(300.0, PICTURE_FRAME + 300.0),
+        ),
     }
     return Workflow(
         nodes,
@@ -171,7 +204,10 @@ def word_swap() -> Workflow:
             START,
             [Group("The edit", [["prompts", "tau"]], "#8A8")],
             [Group("Source and target together", [["sample", "join1", "decode"]], "#88A")],
-            [Group("Source above, target below", [["grid", "save"]], "#b58b2a")],
+            [
+                Group("Source above, target below", [["grid", "save"]], "#b58b2a"),
+                Group("The targets alone", [["decode_targets", "save_targets"]], "#b58b2a"),
+            ],
         ],
     )
 
@@ -211,7 +247,7 @@ def refinement() -> Workflow:
         "split": Node("P2PSplitBranches", {"images": ("decode", 0), "edit": ("prompts", 0)}),
         "join": Node("ImageBatch", {"image1": ("split", SOURCE), "image2": ("split", TARGETS)}),
         "grid": Node("P2PComparisonGrid", {"images": ("join", 0)}, {"columns": 3}),
-        "save": saved("refinement"),
+        "save": saved("refinement", columns=3, rows=2, labels=False),
     }
     return Workflow(
         nodes,
@@ -252,7 +288,7 @@ def reweighting() -> Workflow:
         nodes[f"sample{c}"] = sampler(1, f"reweight{c}", title=f"Paired Sampler, c = {c}")
         rows.append(Group(f"snowy at c = {c}", [[f"reweight{c}"], [f"sample{c}"]], "#88A"))
     latents = [("sample-2", TARGETS), ("sample0", TARGETS), ("sample0", SOURCE), ("sample2", TARGETS)]
-    nodes |= ending("reweighting", latents, ["c = -2", "c = 0", "c = 1 (source)", "c = 2"], columns=2)
+    nodes |= ending("reweighting", latents, ["c = -2", "c = 0", "c = 1 (source)", "c = 2"], columns=2, rows=2)
     return Workflow(
         nodes,
         [
@@ -293,7 +329,7 @@ def tau_sweep() -> Workflow:
         "grid": Node(
             "P2PComparisonGrid", {"images": ("decode", 0), "labels": ("labels", 0)}, {"columns": 3}
         ),
-        "save": saved("tau"),
+        "save": saved("tau", columns=3, rows=2, labels=True),
     }
     return Workflow(
         nodes,
@@ -328,6 +364,7 @@ def word_windows() -> Workflow:
             [("sample", SOURCE), ("sample", TARGETS), ("sample_word", TARGETS)],
             [*["source"] * 3, *["all words to the end"] * 3, *["duck: 0.4"] * 3],
             columns=3,
+            rows=3,
         ),
     }
     return Workflow(
@@ -378,8 +415,9 @@ def several_targets() -> Workflow:
         **ending(
             "several_targets",
             [("sample", SOURCE), ("sample", TARGETS)],
-            ["a castle in a field (source)", "a castle in a desert", *targets],
-            columns=5,
+            ["source", "in a desert", "at night", "children drawing", "a house"],
+            columns=3,
+            rows=2,
         ),
     }
     return Workflow(
@@ -409,6 +447,7 @@ def local_blend() -> Workflow:
         "blend": Node(
             "P2PLocalBlend",
             widgets={"words": "castle", "source_words": "castle", "exclude": "", "threshold": 0.7},
+            room=ROWS,
         ),
         "sample": sampler(3, title="Paired Sampler, without blend"),
         "sample_blend": sampler(3, title="Paired Sampler, with blend", blend="blend"),
@@ -419,6 +458,7 @@ def local_blend() -> Workflow:
             "P2PAttentionMaps",
             {"maps": ("sample_blend", MAPS), "samples": ("sample_blend", TARGETS)},
             {"words": "castle", "branch": 1},
+            room=ROWS,
         ),
         "mask": Node("MaskToImage", {"mask": ("maps", 1)}),
         "join3": Node("ImageBatch", {"image1": ("decode", 0), "image2": ("mask", 0)}),
@@ -427,7 +467,7 @@ def local_blend() -> Workflow:
             {"images": ("join3", 0)},
             {"labels": "source\nwithout blend\nwith blend\nits mask", "columns": 4},
         ),
-        "save": saved("local_blend"),
+        "save": saved("local_blend", columns=4, rows=1, labels=True),
     }
     return Workflow(
         nodes,
@@ -465,11 +505,12 @@ def attention_maps() -> Workflow:
             {"maps": ("sample", MAPS), "samples": ("sample", output), "image": (f"decode_{name}", 0)},
             {"words": words, "branch": branch},
             f"Attention Maps, {name}",
+            room=ROWS,
         )
     nodes |= {
         "join": Node("ImageBatch", {"image1": ("maps_source", 0), "image2": ("maps_target", 0)}),
         "grid": Node("P2PComparisonGrid", {"images": ("join", 0)}, {"columns": 3}),
-        "save": saved("attention_maps"),
+        "save": saved("attention_maps", columns=3, rows=2, labels=True),
     }
     return Workflow(
         nodes,
@@ -505,13 +546,11 @@ def inverted(encode: Node) -> dict[str, Node]:
 
 def picture_note(title: str, shows: str, attempt: str) -> Node:
     """A note for workflows that edit a picture."""
-    text = (
-        f"## {title}\n\n{shows}\n\n**Try:** {attempt}\n\n"
-        "**Your own picture:** *Load Image* instead of the demo's picture, *Load Checkpoint* instead of "
-        "*Load Demo Model*, what the picture shows as the source prompt, and 50 steps in *Invert Image* and "
-        "in the sampler."
+    own = (
+        "**Your own picture:** *Load Image* instead of the demo's picture, what it shows as the source "
+        "prompt, and 50 steps in *Invert Image* and in the sampler.\n\n"
     )
-    return Node("MarkdownNote", widgets={"0": text}, title="About this workflow", size=(400.0, 330.0))
+    return note(title, shows, attempt, own + CHECKPOINT)
 
 
 PICTURE = [
@@ -549,7 +588,7 @@ def photograph() -> Workflow:
         "grid": Node(
             "P2PComparisonGrid", {"images": ("join", 0)}, {"labels": "picture\nedited", "columns": 2}
         ),
-        "save": saved("photograph"),
+        "save": saved("photograph", columns=2, rows=1, labels=True),
     }
     return Workflow(
         nodes,
@@ -616,7 +655,7 @@ def plug_and_play() -> Workflow:
             {"images": ("decode", 0)},
             {"labels": "picture\nchildren drawing\nin a desert", "columns": 3},
         ),
-        "save": saved("plug_and_play"),
+        "save": saved("plug_and_play", columns=3, rows=1, labels=True),
     }
     return Workflow(
         nodes,
@@ -651,7 +690,13 @@ def mutual_attention() -> Workflow:
         ),
         "map": sampler(0, schedule="tau_map", title="Paired Sampler, map mode"),
         "mutual": sampler(0, schedule="tau_mutual", title="Paired Sampler, mutual mode"),
-        **ending("mutual_attention", [("map", SOURCE), ("map", TARGETS), ("mutual", TARGETS)], [], columns=3),
+        **ending(
+            "mutual_attention",
+            [("map", SOURCE), ("map", TARGETS), ("mutual", TARGETS)],
+            [],
+            columns=3,
+            rows=3,
+        ),
     }
     return Workflow(
         nodes,
@@ -664,6 +709,43 @@ def mutual_attention() -> Workflow:
             ],
             [Group("Decode", [["join1", "join2", "decode"]], "#88A")],
             [Group("Source, map mode, mutual mode", [["grid", "save"]], "#b58b2a")],
+        ],
+    )
+
+
+def second_pass() -> Workflow:
+    """Hires fix: both branches go on, larger, from their own latents."""
+    nodes = {
+        "note": note(
+            "A second pass (hires fix)",
+            "*paired* of the first *Paired Sampler* is upscaled and goes on in a second one with the same "
+            "edit, each picture from its own latent. Top: the source. Bottom: the target.",
+            "*denoise* of the second sampler lower for less change, and *cross_end* of its *tau Scheduler* "
+            "lower for more freedom.",
+        ),
+        **common(batch=2),
+        "prompts": prompts("a castle in a forest", "a castle in a snowy forest"),
+        "tau": tau(),
+        "sample": sampler(seed=2),
+        "upscale": Node(
+            "LatentUpscaleBy",
+            {"samples": ("sample", PAIRED)},
+            {"upscale_method": "bicubic", "scale_by": 1.5},
+        ),
+        "tau2": tau(title="tau Scheduler, second pass"),
+        "sample2": sampler(
+            2, schedule="tau2", title="Paired Sampler, second pass", denoise=0.55, latent="upscale"
+        ),
+        **ending("second_pass", [("sample2", SOURCE), ("sample2", TARGETS)], [], columns=2, rows=2),
+    }
+    return Workflow(
+        nodes,
+        [
+            START,
+            [Group("The edit", [["prompts", "tau"]], "#8A8")],
+            [Group("First pass", [["sample", "upscale"]], "#88A")],
+            [Group("Second pass, larger", [["tau2", "sample2", "join1", "decode"]], "#88A")],
+            [Group("Source above, target below", [["grid", "save"]], "#b58b2a")],
         ],
     )
 
@@ -699,7 +781,7 @@ def training_pairs() -> Workflow:
                 "instruction": "turn the bicycle into a car\nmake it night",
             },
             size=(620.0, 180.0),
-            room=420.0,
+            room=600.0,
         ),
     }
     return Workflow(
@@ -725,6 +807,7 @@ CATALOGUE = {
     "photograph": photograph,
     "plug_and_play": plug_and_play,
     "mutual_attention": mutual_attention,
+    "second_pass": second_pass,
     "training_pairs": training_pairs,
 }
 
@@ -794,7 +877,7 @@ def place(workflow: Workflow, nodes: dict[str, Any]) -> list[dict[str, Any]]:
             left, bottom = x + GAP / 2, 0.0
             for column in group.columns:
                 top = y + GROUP_TITLE
-                width = max(nodes[key]["size"][0] for key in column)
+                width = max(NARROW, *(nodes[key]["size"][0] for key in column))
                 for key in column:
                     node = nodes[key]
                     node["size"][0] = width

@@ -4,6 +4,7 @@ import io
 import json
 
 import pytest
+import requests
 from p2p.tests.conftest import ROOT
 from p2p.tools.browser import open_editor
 from p2p.tools.server import PACK, ServerError
@@ -19,6 +20,28 @@ OVERLAPS = """() => {
     if (a.id < b.id && p[0] < q[0] + q[2] && q[0] < p[0] + p[2] && p[1] < q[1] + q[3] && q[1] < p[1] + p[3])
       found.push(`${a.title} and ${b.title}`);
   }
+  return found;
+}"""
+
+# The same for nodes that the page draws itself, and those that grew out of their group.
+CROWDED = """() => {
+  const { scale, offset } = app.canvas.ds, corner = app.canvas.canvas.getBoundingClientRect(), found = [];
+  const boxes = app.graph.nodes.map((node) => {
+    const box = document.querySelector(`[data-node-id="${node.id}"]`).getBoundingClientRect();
+    const [x, y] = [(box.x - corner.x) / scale - offset[0], (box.y - corner.y) / scale - offset[1]];
+    return { title: node.title, x, y, right: x + box.width / scale, bottom: y + box.height / scale };
+  });
+  const groups = app.graph.groups.map((group) => {
+    const [x, y, width, height] = group.boundingRect;
+    return { x, y, right: x + width, bottom: y + height };
+  });
+  const holds = (a, b) => a.x <= b.x && a.y <= b.y && b.right <= a.right + 1 && b.bottom <= a.bottom + 1;
+  const meet = (a, b) => a.x < b.right && b.x < a.right && a.y < b.bottom && b.y < a.bottom;
+  boxes.forEach((box, n) => {
+    if (!groups.some((group) => holds(group, box))) found.push(`${box.title} leaves its group`);
+    for (const other of boxes.slice(n + 1))
+      if (meet(box, other)) found.push(`${box.title} on ${other.title}`);
+  });
   return found;
 }"""
 
@@ -57,6 +80,23 @@ def test_what_a_run_shows_covers_no_other_node(editor, path):
     editor.run()
     editor.page.wait_for_timeout(500)
     assert editor.page.evaluate(OVERLAPS) == []
+
+
+def test_what_a_run_shows_stays_in_its_group_where_the_page_draws_the_nodes_itself(editor):
+    def configure(on):
+        settings = {"Comfy.VueNodes.Enabled": on, "Comfy.VueNodes.AutoScaleLayout": True}
+        requests.post(f"{editor.server.url}/settings", json=settings, timeout=30).raise_for_status()
+        editor.open()
+
+    configure(True)
+    try:
+        for path in WORKFLOWS:
+            editor.load(json.loads(path.read_text()), path.stem)
+            editor.run()
+            editor.page.wait_for_timeout(1500)
+            assert editor.page.evaluate(CROWDED) == [], path.stem
+    finally:
+        configure(False)
 
 
 @every_workflow
