@@ -45,6 +45,9 @@ LINES = {
         "cross 0.8, self 0.0",
         *(f"cross 0.8, self {end} in all layers" for end in ("0.4", "0.8")),
     ],
+    "cross-attention until ..., self until 0.8 in all layers": [
+        f"cross {end}, self 0.8 in all layers" for end in ("0.4", "0.6", "0.8")
+    ],
     "self-attention only, until ...": ["no control", "self only, 0.4", "self only, 0.8"],
 }
 
@@ -264,7 +267,7 @@ def plot(means: dict[str, Any], path: Path) -> None:
             points = [(means[kind][m]["success"] * 100, means[kind][m]["psnr"]) for m in methods]
             axis.plot(*zip(*points, strict=True), color=f"C{n}", marker="o", ms=4, label=title)
             for method, point in zip(methods, points, strict=True):
-                end = method.split()[(1, 3, 2)[n]].rstrip(",") if method != "no control" else method
+                end = method.split()[(1, 3, 1, 2)[n]].rstrip(",") if method != "no control" else method
                 if method != DEFAULT:
                     axis.annotate(end, point, (3, 4), textcoords="offset points", fontsize=7)
         for name, title, marker in ((DEFAULT, "default", "D"), (BLEND, "default + local blend", "*")):
@@ -274,7 +277,7 @@ def plot(means: dict[str, Any], path: Path) -> None:
             )
         axis.set(title=kind, xlabel="edit success, %")
     axes[0].set_ylabel("background PSNR, dB")
-    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=5)
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=80)
 
 
