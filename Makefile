@@ -36,10 +36,10 @@ host-path:  ## print the ComfyUI folder in use
 bench: env  ## what an edit costs on the bundled model, in a minute
 	@$(VENV)/python benchmarks/speed.py $(ARGS)
 
-bench-speed: env  ## cost at the widths of SD1.5 and SDXL, for docs/benchmarks.md (an hour on a CPU)
+bench-speed: env  ## cost at the widths of SD1.5 and SDXL, for docs/benchmarks.md (two hours on a CPU)
 	@$(VENV)/python benchmarks/speed.py --page $(ARGS)
 
-bench-quality: env  ## edit success against what stays, for docs/benchmarks.md (half an hour; resumes)
+bench-quality: env  ## edit success against what stays, for docs/benchmarks.md (an hour; resumes)
 	@$(VENV)/python benchmarks/quality.py $(ARGS)
 
 bench-soak: env  ## hundreds of prompts on a real server, for docs/benchmarks.md (ARGS="--prompts 30": fewer)

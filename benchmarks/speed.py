@@ -370,8 +370,8 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="write docs/benchmarks.md")
     names = ["edits", "paths", "work", "curves", "sdxl", "reuse"]
     parser.add_argument("--only", choices=names, help="one part of the page")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=2, help="timed at a time")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=1, help="timed at a time")
     parser.add_argument("--size", type=int, help="px, of the table of edits")
     options = parser.parse_args()
     load_pack()
@@ -402,7 +402,7 @@ def main() -> None:
         "reuse": lambda: reuse_table(bench("SD1.5"), "SD1.5's U-Net", options.size or 512, plan),
         "curves": lambda: curves(bench("SD1.5"), "SD1.5's U-Net", plan, folder / "speed.png"),
         "sdxl": lambda: edits_table(
-            bench("SDXL"), "SDXL's U-Net", options.size or 512, plan, [PLAIN, "swap", "refine", MATERIALISED]
+            bench("SDXL"), "SDXL's U-Net", options.size or 1024, plan, [PLAIN, "swap", "refine", MATERIALISED]
         ),
     }
     models: dict[str, Bench] = {}
