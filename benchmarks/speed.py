@@ -371,7 +371,7 @@ def main() -> None:
     names = ["edits", "paths", "work", "curves", "sdxl", "reuse"]
     parser.add_argument("--only", choices=names, help="one part of the page")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=1, help="timed at a time")
+    parser.add_argument("--steps", type=int, help="timed at a time; 1 of a real width, 10 of the bundled model")
     parser.add_argument("--size", type=int, help="px, of the table of edits")
     options = parser.parse_args()
     load_pack()
@@ -380,7 +380,7 @@ def main() -> None:
 
     torch.set_grad_enabled(False)
     demo, clip, _ = load_demo_model()
-    plan = Plan(options.rounds, options.steps)
+    plan = Plan(options.rounds, options.steps or (1 if options.page else 10))
     if not options.page:
         bundled = Bench(Model(demo, 128, 0), clip)
         print(machine())
