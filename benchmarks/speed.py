@@ -371,7 +371,7 @@ def main() -> None:
     names = ["edits", "paths", "work", "curves", "sdxl", "reuse"]
     parser.add_argument("--only", choices=names, help="one part of the page")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, help="timed at a time; 1 of a real width, 10 of the bundled model")
+    parser.add_argument("--steps", type=int, help="timed at a time (1, of the bundled model 10)")
     parser.add_argument("--size", type=int, help="px, of the table of edits")
     options = parser.parse_args()
     load_pack()
