@@ -174,8 +174,12 @@ export function nameTextBoxes(node, names) {
     context.save();
     context.font = "10px system-ui, sans-serif";
     context.fillStyle = globalThis.LiteGraph.WIDGET_SECONDARY_TEXT_COLOR;
-    for (const each of names.map((name) => widget(this, name)))
-      if (each?.value && each.y && !isLinked(this, each.name)) context.fillText(each.label ?? each.name, 12, each.y + 8);
+    const drawn = names.map((name) => widget(this, name)).filter(Boolean).map((each) => [each, each.y]);
+    for (const [each, y] of drawn)
+      if (each.value && y && !isLinked(this, each.name)) context.fillText(each.label ?? each.name, 12, y + 8);
     context.restore();
+    requestAnimationFrame(() => { // the page may have laid the widgets out anew in this drawing
+      if (drawn.some(([each, y]) => each.y !== y)) app.canvas.setDirty(true, true);
+    });
   };
 }
