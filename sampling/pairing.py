@@ -140,9 +140,9 @@ def source_latent(latent: dict, branches: int) -> dict:
     rows = latent["samples"].shape[0]
     if latent[PAIRED] != branches or rows % branches:
         raise ValueError(
-            f"The latent has {rows} rows in pairs of {latent[PAIRED]} branches, but the edit has {branches} "
-            f"(1 source and {branches - 1} target{'s' if branches > 2 else ''}). Connect a latent that was "
-            "paired for the same edit, whole, or an ordinary one."
+            f"The latent has {rows} rows in pairs of {latent[PAIRED]} branches, but the edit has "
+            f"{_described(branches)}. Connect a latent that was paired for the same edit, whole, or an "
+            "ordinary one."
         )
     sources = {name: value for name, value in latent.items() if name not in (PAIRED, "batch_index")}
     sources["samples"] = latent["samples"][::branches]
@@ -159,11 +159,14 @@ def check_rows(rows: int, branches: int, what: str) -> None:
     """Raise ValueError unless `rows` is a multiple of `branches`; the message says both numbers."""
     if rows == 0 or rows % branches:
         raise ValueError(
-            f"{what} has a batch of {rows}, which is not a multiple of the edit's {branches} branches "
-            f"(1 source and {branches - 1} target{'s' if branches > 2 else ''}). "
+            f"{what} has a batch of {rows}, which is not a multiple of the edit's {_described(branches)}. "
             "Put a Paired Latent node between the latent and the sampler, and connect the same edit to it, "
             "to the controller and to Split Branches."
         )
+
+
+def _described(branches: int) -> str:
+    return f"{branches} branches (1 source and {branches - 1} target{'s' if branches > 2 else ''})"
 
 
 def split_rows(rows: Tensor, branches: int) -> tuple[Tensor, Tensor]:

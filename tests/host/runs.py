@@ -126,6 +126,26 @@ def sampler_custom_advanced(
     return output.args[0]["samples"]
 
 
+def paired_sampler(
+    model: Any, edit: Edit, tau: TauSchedule, negative: list, latent: dict, s: Settings, **optional: Any
+) -> tuple:
+    """The outputs of a Paired Sampler. optional: its optional inputs."""
+    return PairedSampler.execute(
+        model,
+        edit,
+        tau,
+        negative,
+        latent,
+        s.seed,
+        s.steps,
+        s.cfg,
+        s.sampler,
+        s.scheduler,
+        s.denoise,
+        **optional,
+    ).args
+
+
 STOCK = {
     "KSampler": ksampler,
     "SamplerCustom": sampler_custom,
@@ -189,11 +209,8 @@ class Studio:
         model, latent = model or self.model, latent or empty()
         negative = negative or self.negative
         if way == "P2PSampler":
-            s = settings
-            output = PairedSampler.execute(
-                model, edit, tau, negative, latent, s.seed, s.steps, s.cfg, s.sampler, s.scheduler, s.denoise
-            )
-            return output.args[0]["samples"], output.args[1]["samples"]
+            source, targets, *_ = paired_sampler(model, edit, tau, negative, latent, settings)
+            return source["samples"], targets["samples"]
         controlled, positive = AttentionController.execute(model, edit, tau).args[:2]
         rows = STOCK[way](controlled, positive, negative, self.rows(edit, latent), settings)
         return self.split(edit, rows)

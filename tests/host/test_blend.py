@@ -7,7 +7,7 @@ import pytest
 import torch
 from p2p.attention.blend import Region, read_blend
 from p2p.attention.schedule import TauSchedule
-from p2p.nodes import AttentionController, PairedLatent, PairedSampler
+from p2p.nodes import AttentionController, PairedLatent
 from p2p.nodes.control import LocalBlendNode
 from p2p.sampling.encode import start_edit
 from p2p.sampling.maps import MapsHandle
@@ -23,6 +23,7 @@ from p2p.tests.host.runs import (
     assert_close,
     difference,
     empty,
+    paired_sampler,
     picture,
     sampler_custom,
     sigmas_of,
@@ -40,9 +41,7 @@ def blended(studio, edit, blend, settings=None, latent=None, way="KSampler"):
     """A paired run with a local blend: (sources, targets)."""
     model, tau, settings, latent = studio.model, PART, settings or Settings(), latent or empty()
     if way == "P2PSampler":
-        s = settings
-        arguments = (latent, s.seed, s.steps, s.cfg, s.sampler, s.scheduler, s.denoise)
-        output = PairedSampler.execute(model, edit, tau, studio.negative, *arguments, blend).args
+        output = paired_sampler(model, edit, tau, studio.negative, latent, settings, blend=blend)
         return output[0]["samples"], output[1]["samples"]
     controlled, positive = AttentionController.execute(model, edit, tau, blend).args[:2]
     paired = PairedLatent.execute(latent, edit).args[0]

@@ -6,7 +6,7 @@ import comfy.model_management
 import comfy_extras.nodes_post_processing
 import pytest
 import torch
-from p2p.nodes import AttentionController, PairedSampler
+from p2p.nodes import AttentionController
 from p2p.sampling.layout import lay_out
 from p2p.sampling.pairing import seeing_images_of
 from p2p.tests.host.beside import (
@@ -32,6 +32,7 @@ from p2p.tests.host.runs import (
     difference,
     empty,
     ksampler,
+    paired_sampler,
     picture,
     sampler_custom_advanced,
 )
@@ -178,19 +179,7 @@ def test_controllers_in_a_chain_are_refused(studio):
 @pytest.mark.parametrize("targets", [(TARGET,), (TARGET, "a castle")], ids=["one target", "two targets"])
 def test_a_second_pass_after_the_paired_sampler(studio, targets):
     edit, s = studio.edit(SOURCE, *targets), SHORT
-    first = PairedSampler.execute(
-        studio.model,
-        edit,
-        PART,
-        studio.negative,
-        empty(),
-        s.seed,
-        s.steps,
-        s.cfg,
-        s.sampler,
-        s.scheduler,
-        1.0,
-    ).args[3]
+    first = paired_sampler(studio.model, edit, PART, studio.negative, empty(), s)[3]
     controlled, positive = AttentionController.execute(studio.model, edit, PART).args[:2]
     second = Settings(steps=3, denoise=0.5, seed=s.seed + 1)
     found = ksampler(controlled, positive, studio.negative, graphs.upscaled(first), second)

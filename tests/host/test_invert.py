@@ -12,7 +12,7 @@ import pytest
 import torch
 from comfy_extras import nodes_custom_sampler as custom
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
-from p2p.nodes import AttentionController, InvertImage, PairedSampler
+from p2p.nodes import AttentionController, InvertImage
 from p2p.sampling.controller import control
 from p2p.sampling.invert import invert
 from p2p.sampling.trajectory import FIRST_ORDER
@@ -31,6 +31,7 @@ from p2p.tests.host.runs import (
     difference,
     empty,
     ksampler,
+    paired_sampler,
     picture,
     sampler_custom,
     sigmas_of,
@@ -55,22 +56,10 @@ def edited(studio, trajectory, tau=FULL, settings=None, latent=None, way="P2PSam
     edit, latent, settings = edit or studio.edit(), latent or picture(), settings or Settings()
     model = model or studio.model
     if way == "P2PSampler":
-        s = settings
-        output = PairedSampler.execute(
-            model,
-            edit,
-            tau,
-            studio.negative,
-            latent,
-            s.seed,
-            s.steps,
-            s.cfg,
-            s.sampler,
-            s.scheduler,
-            s.denoise,
-            trajectory=trajectory,
+        source, targets, *_ = paired_sampler(
+            model, edit, tau, studio.negative, latent, settings, trajectory=trajectory
         )
-        return output.args[0]["samples"], output.args[1]["samples"]
+        return source["samples"], targets["samples"]
     model, positive = AttentionController.execute(model, edit, tau, trajectory=trajectory).args[:2]
     rows = STOCK[way](model, positive, studio.negative, studio.rows(edit, latent), settings)
     return studio.split(edit, rows)

@@ -13,7 +13,18 @@ from p2p.nodes import AttentionController, PairedLatent, PairedSampler
 from p2p.nodes.maps import AttentionMaps
 from p2p.sampling.maps import MapsHandle
 from p2p.tests import naive
-from p2p.tests.host.runs import EMPTY, PART, STOCK, WAYS, Settings, assert_close, empty, ksampler, sigmas_of
+from p2p.tests.host.runs import (
+    EMPTY,
+    PART,
+    STOCK,
+    WAYS,
+    Settings,
+    assert_close,
+    empty,
+    ksampler,
+    paired_sampler,
+    sigmas_of,
+)
 
 SOURCE = "a cat riding a bicycle"
 TARGETS = ("a dog riding a car", "a cat riding a red boat at night")
@@ -102,9 +113,7 @@ def run(studio, edit, tau, way, latent, settings, model=None, wanted=True):
     """Sample with maps: (samples, handle)."""
     model = model or studio.model
     if way == "P2PSampler":
-        s = settings
-        arguments = (latent, s.seed, s.steps, s.cfg, s.sampler, s.scheduler, s.denoise)
-        output = PairedSampler.execute(model, edit, tau, studio.negative, *arguments).args
+        output = paired_sampler(model, edit, tau, studio.negative, latent, settings)
         assert output[2].wanted is False
         output[2].wanted = wanted
         return output[0]["samples"], output[2]

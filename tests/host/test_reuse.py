@@ -15,7 +15,7 @@ from comfy.patcher_extension import PatcherInjection
 from p2p.attention.blend import read_blend
 from p2p.attention.schedule import TauSchedule, Window
 from p2p.demo.loader import load_demo_model
-from p2p.nodes import AttentionController, PairedLatent, PairedSampler
+from p2p.nodes import AttentionController, PairedLatent
 from p2p.sampling import reuse as source_reuse
 from p2p.sampling.reuse import CACHE, GIGABYTE
 from p2p.tests.host.beside.models import ImagePrompt
@@ -29,6 +29,7 @@ from p2p.tests.host.runs import (
     assert_close,
     difference,
     empty,
+    paired_sampler,
     picture,
 )
 
@@ -62,8 +63,7 @@ def sample(studio, edit, tau=PART, settings=None, latent=None, way="P2PSampler",
     s, latent = settings or Settings(), latent or empty()
     model, negative = given.pop("model", studio.model), given.pop("negative", studio.negative)
     if way == "P2PSampler":
-        arguments = (latent, s.seed, s.steps, s.cfg, s.sampler, s.scheduler, s.denoise)
-        output = PairedSampler.execute(model, edit, tau, negative, *arguments, reuse_gb=reuse, **given).args
+        output = paired_sampler(model, edit, tau, negative, latent, s, reuse_gb=reuse, **given)
         return output[0]["samples"], output[1]["samples"]
     controlled, positive = AttentionController.execute(model, edit, tau, reuse_gb=reuse, **given).args[:2]
     paired = PairedLatent.execute(latent, edit).args[0]

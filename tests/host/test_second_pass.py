@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from p2p.nodes import AttentionController, PairedLatent, PairedSampler
+from p2p.nodes import AttentionController, PairedLatent
 
 import nodes as host_nodes
 
-from .runs import PART, SOURCE, Settings, assert_close, difference, empty, ksampler, picture
+from .runs import PART, SOURCE, Settings, assert_close, difference, empty, ksampler, paired_sampler, picture
 
 FIRST, SECOND = Settings(seed=5), Settings(seed=8, denoise=0.5)
 UPSCALED = (112, 96)
@@ -17,20 +17,7 @@ UPSCALED = (112, 96)
 
 def sampled(studio, edit, latent, s=FIRST, tau=PART):
     """(source, targets, paired) latents of a Paired Sampler."""
-    output = PairedSampler.execute(
-        studio.model,
-        edit,
-        tau,
-        studio.negative,
-        latent,
-        s.seed,
-        s.steps,
-        s.cfg,
-        s.sampler,
-        s.scheduler,
-        s.denoise,
-    )
-    source, targets, _, paired = output.args
+    source, targets, _, paired = paired_sampler(studio.model, edit, tau, studio.negative, latent, s)
     return source, targets, paired
 
 

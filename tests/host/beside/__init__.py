@@ -15,8 +15,8 @@ import pytest
 import torch
 from p2p.attention.edit import Edit
 from p2p.attention.schedule import TauSchedule
-from p2p.nodes import AttentionController, PairedSampler
-from p2p.tests.host.runs import PART, SOURCE, Settings, Studio, empty, ksampler
+from p2p.nodes import AttentionController
+from p2p.tests.host.runs import PART, SOURCE, Settings, Studio, empty, ksampler, paired_sampler
 from torch import Tensor
 
 KINDS = ("Weights", "Guidance", "Attention and features", "Conditioning", "Control", "Latents", "Runs")
@@ -207,12 +207,10 @@ def by_paired_sampler(
     model = neighbour.model(studio, studio.model) if neighbour.model else studio.model
     change = neighbour.shared or neighbour.negative
     negative = change(studio, studio.negative) if change else studio.negative
-    s, latent = neighbour.settings, latent_of(studio, neighbour)
+    latent = latent_of(studio, neighbour)
     if neighbour.seeded:
         torch.manual_seed(0)
-    outputs = PairedSampler.execute(
-        model, edit, tau, negative, latent, s.seed, s.steps, s.cfg, s.sampler, s.scheduler, s.denoise
-    ).args
+    outputs = paired_sampler(model, edit, tau, negative, latent, neighbour.settings)
     return outputs[0]["samples"], outputs[1]["samples"]
 
 
