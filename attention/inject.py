@@ -1,8 +1,4 @@
-"""The method: the source's attention maps, injected into the target's attention without ever being built.
-
-Legend for shapes: b batch rows, r target rows among them, N targets, h heads, n query tokens (pixels),
-t text tokens, d head width, L key tokens of a call (t, or t repeated).
-"""
+"""The method: the source's attention maps, injected into the target's attention without ever being built."""
 
 from __future__ import annotations
 
@@ -13,7 +9,7 @@ import torch
 from einops import repeat
 from torch import Tensor
 
-from .plan import CrossStep
+from .taken import CrossStep
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q (b, n, h d), k (b, L, h d), v (b, L, h d) -> softmax(q k^T / sqrt(d)) v, (b, n, h d)."""
@@ -95,6 +91,7 @@ def cross_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    *,
     rows: Rows,
     step: CrossStep,
     copies: int = 1,
@@ -119,14 +116,13 @@ def cross_attention(
     values = v.index_select(0, rows.target)  # (r, L, h d)
     own = None if step.own is None else _own_values(values, step.own, step.weight, copies)
     if step.moved is None:
-        return attend(
-            q, k, v.index_copy(0, rows.target, own if own is not None else torch.zeros_like(values))
-        )
+        kept = own if own is not None else torch.zeros_like(values)
+        return attend(q, k, _with_rows(v, rows.target, kept))
     moved = _moved_values(values, step.moved, step.weight, copies)
     out = attend(
         origins.index_select(0, rows.origin),
         origin_keys.index_select(0, rows.origin),
-        v.index_copy(0, rows.target, moved),
+        _with_rows(v, rows.target, moved),
     )
     if own is None:
         return out
@@ -167,6 +163,7 @@ def self_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    *,
     step: SelfStep,
     sources: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
@@ -184,10 +181,10 @@ def self_attention(
         origin_keys.index_select(0, step.rows_of(k).origin),
         v,
     )
-    return mixed_with_own(out, attend_own, q, k, v, step)
+    return _mixed_with_own(out, attend_own, q, k, v, step)
 
 
-def mixed_with_own(
+def _mixed_with_own(
     out: Tensor, attend_own: Attention, q: Tensor, k: Tensor, v: Tensor, step: SelfStep
 ) -> Tensor:
     """weight out + (1 - weight) softmax(Q_t K_t^T / sqrt(d)) V_t in the targets' rows, out in all others."""
@@ -200,4 +197,25 @@ def mixed_with_own(
     parts = q.shape[0] // step.rows.origin.shape[0]
     weight = step.weight.repeat_interleave(parts)[:, None, None].to(own.dtype)
     edited = torch.lerp(own, out.index_select(0, queries.target), weight)
-    return out.index_copy(0, queries.target, edited)
+    return _with_rows(out, queries.target, edited)
+
+
+def mutual_self_attention(
+    attend: Attention, attend_own: Attention, q: Tensor, k: Tensor, v: Tensor, *, step: SelfStep
+) -> Tensor:
+    """Self-attention in which the targets look at their source: own queries, the source's keys and values.
+
+        weight softmax(Q_t K_s^T / sqrt(d)) V_s + (1 - weight) softmax(Q_t K_t^T / sqrt(d)) V_t
+
+    Arguments as in `self_attention`. Source: Cao et al. 2023 (MasaCtrl), mutual self-attention control.
+    """
+    origin = step.rows_of(k).origin
+    out = attend(q, k.index_select(0, origin), v.index_select(0, origin))
+    return _mixed_with_own(out, attend_own, q, k, v, step)
+
+
+def _with_rows(x: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    """x with other values in some rows. `index_copy` would do it too, but not on every Apple GPU."""
+    out = x.clone()
+    out[rows] = values
+    return out

@@ -1,8 +1,4 @@
-"""Where words look: columns of the cross-attention maps, read without building the maps.
-
-Legend for shapes: b batch rows, N targets, B = N + 1 branches, h heads, n query tokens (pixels), t text
-tokens, L key tokens of a call (t, or t repeated), W wanted tokens of each prompt, d head width.
-"""
+"""Where words look: columns of the cross-attention maps, read without building the maps."""
 
 from __future__ import annotations
 
@@ -11,11 +7,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import reduce
 from torch import Tensor
 
 from .edit import Edit
-from .plan import CrossStep, conditioning_length
+from .inject import Attention
+from .plan import conditioning_length
+from .taken import CrossStep
 
 Tokens = tuple[tuple[int, ...], ...]
 """The wanted tokens of each branch's prompt, source first; the lists may differ in length."""
@@ -32,6 +30,10 @@ class MapStep:
     first: Tensor
     second: Tensor | None
     shared: bool
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> MapStep:
+        second = None if self.second is None else self.second.to(dtype).to(device)
+        return MapStep(self.first.to(dtype).to(device), second, self.shared)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,10 +56,8 @@ def map_rows(branches: Sequence[int], offsets: Sequence[int], size: int, device:
     return MapRows(*(torch.tensor(x, dtype=torch.long, device=device) for x in (row, origin, branch)))
 
 
-def token_columns(
-    edit: Edit, tokens: Tokens, length: int, device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    """(B, t, W): column w of branch b is 1 at its w-th wanted token, in every repeat of its prompt.
+def token_columns(edit: Edit, tokens: Tokens, length: int) -> Tensor:
+    """(B, t, W) float64: column w of branch b is 1 at its w-th wanted token, in every repeat of its prompt.
 
     length: t, tokens of the paired conditioning. Shorter lists are filled up with columns of zeros.
     """
@@ -66,16 +66,18 @@ def token_columns(
     for branch, (prompt, wanted) in enumerate(zip(edit.prompts, tokens, strict=True)):
         for w, token in enumerate(wanted):
             columns[branch, token : common : prompt.length, w] = 1.0
-    return columns.to(dtype).to(device)
+    return columns
 
 
 def map_step(columns: Tensor, cross: CrossStep | None) -> MapStep:
-    """What to read where the targets' maps are edited by `cross` (None: not at all).
+    """What to read where the targets' maps are edited by `cross` (None: not at all), re-weighting left out.
 
         A* E_t = softmax(Q_s K_s^T / sqrt(d)) M (from_source o E_t) + softmax(Q_t K_t^T / sqrt(d)) (own o E_t)
 
     with E_t the columns of a target, as in `cross_attention`; the source's map is its own, A_s E_s.
     """
+    if cross is not None:
+        cross = cross.unscaled or cross
     if cross is None or cross.moved is None:
         if cross is None or cross.own is None:
             return MapStep(columns, None, shared=False)
@@ -88,23 +90,39 @@ def map_step(columns: Tensor, cross: CrossStep | None) -> MapStep:
     return MapStep(first, own[:, :, None] * columns, shared=True)
 
 
-def token_maps(q: Tensor, k: Tensor, heads: int, rows: MapRows, step: MapStep, copies: int = 1) -> Tensor:
+def token_maps(
+    attend: Attention, q: Tensor, k: Tensor, *, heads: int, rows: MapRows, step: MapStep, copies: int = 1
+) -> Tensor:
     """The wanted tokens' maps, averaged over heads: (pairs x B, n, W), float32.
 
-    q (b, n, h d), k (b, L, h d): as in `cross_attention`; keys beyond the `copies` of the text take their
-    share of attention and are not read.
+    attend: plain attention. q (b, n, h d), k (b, L, h d): as in `cross_attention`; keys beyond the `copies`
+    of the text take their share of attention and are not read.
     """
-    first = _read(q, k, heads, rows.origin if step.shared else rows.row, step.first, rows.branch, copies)
+    first = _read(
+        attend, q, k, heads, rows.origin if step.shared else rows.row, step.first, rows.branch, copies
+    )
     if step.second is None:
         return first
-    return first + _read(q, k, heads, rows.row, step.second, rows.branch, copies)
+    return first + _read(attend, q, k, heads, rows.row, step.second, rows.branch, copies)
 
 
 def _read(
-    q: Tensor, k: Tensor, heads: int, row: Tensor, columns: Tensor, branch: Tensor, copies: int
+    attend: Attention,
+    q: Tensor,
+    k: Tensor,
+    heads: int,
+    row: Tensor,
+    columns: Tensor,
+    branch: Tensor,
+    copies: int,
 ) -> Tensor:
-    queries, keys = (rearrange(x.index_select(0, row), "b n (h d) -> b h n d", h=heads) for x in (q, k))
+    """Columns take the place of values, d at a time: kernels that build no map want a head's width."""
+    queries, keys = q.index_select(0, row), k.index_select(0, row)
+    width = q.shape[-1] // heads
     values = columns.to(q.dtype).index_select(0, branch).repeat(1, copies, 1)
-    values = F.pad(values, (0, 0, 0, k.shape[1] - values.shape[1]))
-    values = values[:, None].expand(-1, heads, -1, -1)
-    return F.scaled_dot_product_attention(queries, keys, values).float().mean(1)
+    values = F.pad(values, (0, -values.shape[2] % width, 0, keys.shape[1] - values.shape[1]))
+    read = []
+    for part in values.split(width, dim=2):
+        out = attend(queries, keys, part.repeat(1, 1, heads))
+        read.append(reduce(out.float(), "b n (h d) -> b n d", "mean", h=heads))
+    return torch.cat(read, dim=2)[:, :, : columns.shape[2]]

@@ -11,36 +11,7 @@ from torch import Tensor
 
 from .edit import Edit, Target, coefficients
 from .schedule import TauSchedule
-
-
-@dataclass(frozen=True, eq=False)
-class CrossStep:
-    """Cross-attention at one step, for N targets and conditionings of t tokens.
-
-    moved: M diag(from_source), (N, t, t), or None where no target takes anything from the source.
-    own: (N, t), or None where no target keeps anything of its own.
-    weight: (N,), of the general window; for tokens that other nodes append inside the attention of both
-        branches.
-    """
-
-    moved: Tensor | None
-    own: Tensor | None
-    weight: Tensor
-
-    def by_row(self, branch: Tensor) -> CrossStep:
-        """With an entry for each row that is a target's, in place of one for each target.
-
-        branch: (r,) the number of each row's target.
-        """
-
-        def rows(table: Tensor) -> Tensor:
-            return table.index_select(0, branch)
-
-        return CrossStep(
-            None if self.moved is None else rows(self.moved),
-            None if self.own is None else rows(self.own),
-            rows(self.weight),
-        )
+from .taken import CrossStep
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,35 +31,35 @@ def conditioning_length(edit: Edit) -> int:
     return math.lcm(*(prompt.length for prompt in edit.prompts))
 
 
-def make_plan(
-    edit: Edit, tau: TauSchedule, steps: int, length: int, device: torch.device, dtype: torch.dtype
-) -> Plan:
-    """Work out the plan for `steps` steps, on the device and in the dtype of the attention's values.
+def make_plan(edit: Edit, tau: TauSchedule, steps: int, length: int) -> Plan:
+    """Work out the plan for `steps` steps, in float64 on the CPU.
 
     tau: for the targets that have no schedule of their own.
     length: tokens of the conditioning, at least `conditioning_length(edit)`. Each prompt was repeated up to
     that multiple. Tokens beyond it were appended to both branches alike by a later node, so they are shared.
+
+    Raises ValueError for a shorter conditioning.
     """
     common = conditioning_length(edit)
     if length < common:
         raise ValueError(f"The conditioning has {length} tokens, but the prompts of the edit need {common}.")
     mapping = torch.stack([_tiled_mapping(edit, target, common, length) for target in edit.targets])
+    plain = edit.without_gain() if any(bool((t.gain != 1.0).any()) for t in edit.targets) else None
     schedules = [target.tau or tau for target in edit.targets]
     made: dict[tuple[bytes, ...], CrossStep | None] = {}
     cross = []
-    for step in range(steps):
-        progress = step / steps
-        table = [
-            _tiled_coefficients(target, schedule, progress, common, length)
-            for target, schedule in zip(edit.targets, schedules, strict=True)
-        ]
-        from_source, own = (torch.stack(column) for column in zip(*table, strict=True))
+    for progress in (step / steps for step in range(steps)):
         weight = torch.tensor(
             [schedule.cross.weight(progress, schedule.fade) for schedule in schedules], dtype=torch.float64
         )
-        key = tuple(part.numpy().tobytes() for part in (from_source, own, weight))
+        tables = [weight]
+        for version in (edit, plain) if plain is not None else (edit,):
+            targets = zip(version.targets, schedules, strict=True)
+            table = [_tiled_coefficients(*target, progress, common, length) for target in targets]
+            tables += [torch.stack(column) for column in zip(*table, strict=True)]
+        key = tuple(table.numpy().tobytes() for table in tables)
         if key not in made:
-            made[key] = _cross_step(mapping, from_source, own, weight, device, dtype)
+            made[key] = _cross_step(mapping, *tables)
         cross.append(made[key])
     self_ = tuple(
         tuple(schedule.self_weight(step / steps) for schedule in schedules) for step in range(steps)
@@ -97,19 +68,15 @@ def make_plan(
 
 
 def _cross_step(
-    mapping: Tensor,
-    from_source: Tensor,
-    own: Tensor,
-    weight: Tensor,
-    device: torch.device,
-    dtype: torch.dtype,
+    mapping: Tensor, weight: Tensor, from_source: Tensor, own: Tensor, *unscaled: Tensor
 ) -> CrossStep | None:
     if not from_source.any() and (own == 1.0).all():
         return None
-    moved = (mapping * from_source[:, None, :]).to(dtype).to(device) if from_source.any() else None
-    return CrossStep(
-        moved, own.to(dtype).to(device) if own.any() else None, weight.to(dtype).to(device)
-    )
+    plain = None
+    if unscaled:
+        plain = _cross_step(mapping, weight, *unscaled) or CrossStep(None, torch.ones_like(own), weight)
+    moved = mapping * from_source[:, None, :] if from_source.any() else None
+    return CrossStep(moved, own if own.any() else None, weight, plain)
 
 
 def _tiled_mapping(edit: Edit, target: Target, common: int, length: int) -> Tensor:

@@ -28,9 +28,9 @@ class Watch:
 
     def around(self, kind: str, inject: Callable) -> Callable:
         def timed(name: str, function: Callable) -> Callable:
-            def call(*args: Any) -> Any:
+            def call(*args: Any, **kwargs: Any) -> Any:
                 start = self.clock()
-                result = function(*args)
+                result = function(*args, **kwargs)
                 self.spent[name] += self.clock() - start
                 if name == "second":
                     self.twice[kind] += 1
@@ -38,24 +38,26 @@ class Watch:
 
             return call
 
-        def watched(attend: Callable, attend_own: Callable, *args: Any) -> Any:
+        def watched(attend: Callable, attend_own: Callable, *args: Any, **kwargs: Any) -> Any:
             self.layers[kind] += 1
-            return timed("all", inject)(timed("attention", attend), timed("second", attend_own), *args)
+            return timed("all", inject)(
+                timed("attention", attend), timed("second", attend_own), *args, **kwargs
+            )
 
         return watched
 
     @contextmanager
     def watching(self) -> Iterator[Watch]:
-        from p2p.sampling import injection
+        from p2p.sampling import attentions
 
-        before = {name: getattr(injection, name) for name in SLOTS}
+        before = {name: getattr(attentions, name) for name in SLOTS}
         for name, kind in SLOTS.items():
-            setattr(injection, name, self.around(kind, before[name]))
+            setattr(attentions, name, self.around(kind, before[name]))
         try:
             yield self
         finally:
             for name, function in before.items():
-                setattr(injection, name, function)
+                setattr(attentions, name, function)
 
 
 def paths_table(

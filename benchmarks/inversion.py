@@ -128,14 +128,15 @@ class Bench:
     def edit(self, case: Case, method: str, noise: Any, trajectory: Any) -> Any:
         """Latents of source and target, (2, 4, 16, 16)."""
         from p2p.attention.schedule import TauSchedule, Window
-        from p2p.sampling.controller import control
+        from p2p.sampling.controller import control, plug_and_play
         from p2p.sampling.encode import start_edit
-        from p2p.sampling.features import plug_and_play
 
         edit = start_edit(self.clip, case.source.caption(), case.target.caption(), "auto")
         if method == "PnP":
             unprompted = self.negative if trajectory else None
-            model, positive = plug_and_play(self.model, edit, 0.8, 0.5, trajectory, unprompted)
+            model, positive = plug_and_play(
+                self.model, edit, 0.8, 0.5, trajectory=trajectory, source_conditioning=unprompted
+            )
         else:
             mutual = TauSchedule(Window(0.0, 0.0), Window(0.1, 1.0), self_mode="mutual")
             tau = mutual if method == "MasaCtrl" else TauSchedule()

@@ -18,11 +18,12 @@ def materialised(model: Any, edit: Any, tau: Any) -> tuple[Any, list]:
 
     edit: with prompts of the same number of tokens as the conditioning. tau: for every target.
     """
-    from p2p.sampling.controller import cross_attention_blocks
-    from p2p.sampling.pairing import paired_conditioning
+    from p2p.sampling.conditioning import paired_conditioning
+    from p2p.sampling.network import layers_of, of_kind
 
     patched = model.clone()
-    for name, number, depth in cross_attention_blocks(model.get_model_object("diffusion_model")):
+    layers = layers_of(model.get_model_object("diffusion_model"))
+    for name, number, depth in (layer.block for layer in of_kind(layers, "cross")):
         maps = _Maps(edit, tau)
         patched.set_model_attn2_replace(maps.cross, name, number, depth)
         patched.set_model_attn1_replace(maps.self_, name, number, depth)

@@ -12,6 +12,7 @@ from cases import Case
 from models import has_bfloat16
 
 STEPS, CFG, SAMPLER, SCHEDULER, SIZE = 20, 4.0, "euler", "normal", 128
+SETTINGS: dict[str, Any] = {"steps": STEPS, "cfg": CFG, "sampler_name": SAMPLER, "scheduler": SCHEDULER}
 TAUS: dict[str, tuple[float, float, float]] = {
     "no control": (0.0, 0.0, 0.5),
     "cross 0.4, self 0.4": (0.4, 0.4, 0.5),
@@ -101,15 +102,11 @@ class Runner:
                 self.model,
                 edit,
                 TauSchedule(),
-                self.negative,
-                latent,
-                seed,
-                STEPS,
-                CFG,
-                SAMPLER,
-                SCHEDULER,
-                1.0,
-                blend,
+                negative=self.negative,
+                latent=latent,
+                seed=seed,
+                blend=blend,
+                **SETTINGS,
             )
         return pair[0]["samples"], pair[1]["samples"]
 
@@ -143,14 +140,10 @@ class Runner:
             self.model,
             edit,
             tau,
-            self.negative,
-            {"samples": torch.zeros(1, 4, SIZE // 8, SIZE // 8)},
-            seed,
-            STEPS,
-            CFG,
-            SAMPLER,
-            SCHEDULER,
-            1.0,
+            negative=self.negative,
+            latent={"samples": torch.zeros(1, 4, SIZE // 8, SIZE // 8)},
+            seed=seed,
+            **SETTINGS,
         )
         model, positive = materialised(self.model, edit, tau)
         rows = torch.zeros(2, 4, SIZE // 8, SIZE // 8)

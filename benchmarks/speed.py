@@ -59,7 +59,7 @@ class Bench:
 
     def plain(self, edit: Any) -> Variant:
         """The host alone, with one prompt for each row."""
-        from p2p.sampling.pairing import paired_conditioning
+        from p2p.sampling.conditioning import paired_conditioning
 
         return Variant(self.model.patcher, paired_conditioning(edit, "plain"), edit.branches)
 
@@ -68,9 +68,11 @@ class Bench:
     ) -> Variant:
         from p2p.sampling.controller import control
         from p2p.sampling.maps import MapsHandle
+        from p2p.sampling.reuse import Keep
 
+        handle = MapsHandle(wanted=maps)
         model, positive = control(
-            self.model.patcher, edit, tau, blend, maps=MapsHandle(wanted=maps), reuse=reuse
+            self.model.patcher, edit, tau, blend=blend, maps=handle, keep=Keep(reuse)
         )
         return Variant(model, positive, edit.branches)
 

@@ -23,7 +23,8 @@ SWAPS = [
     ("a duck in a field", "a duck in a desert"),
     ("a cake on a beach", "a tree on a beach"),
 ]
-STEPS, CFG, SAMPLER, SCHEDULER, SIZE = 20, 4.0, "euler", "normal", 128
+STEPS, SIZE = 20, 128
+SETTINGS = {"steps": STEPS, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal"}
 
 
 def draw(model: Any, clip: Any, vae: Any, source: str, target: str, seed: int) -> Any:
@@ -40,7 +41,7 @@ def draw(model: Any, clip: Any, vae: Any, source: str, target: str, seed: int) -
     for tau in (TauSchedule(Window(0.0, 0.0), Window(0.0, 0.0)), TauSchedule()):
         rows.append(
             sample_pairs(
-                model, edit, tau, negative, latent, seed, STEPS, CFG, SAMPLER, SCHEDULER, denoise=1.0
+                model, edit, tau, negative=negative, latent=latent, seed=seed, **SETTINGS
             )
         )
     (sources, alone, _), (_, edited, _) = rows

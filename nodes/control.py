@@ -23,6 +23,7 @@ from .types import (
     check_wiring,
     edit_input,
     is_wired,
+    keep_sources,
     model_input,
     reuse_input,
     tau_input,
@@ -257,4 +258,8 @@ class AttentionController(io.ComfyNode):
     ) -> io.NodeOutput:
         check_wiring(cls.hidden)
         maps = MapsHandle(wanted=is_wired(cls.hidden, MAPS_OUTPUT))
-        return io.NodeOutput(*control(model, edit, tau, blend, trajectory, maps, reuse_gb), maps)
+        keep = keep_sources(cls.hidden, reuse_gb)
+        controlled, positive = control(
+            model, edit, tau, blend=blend, trajectory=trajectory, maps=maps, keep=keep
+        )
+        return io.NodeOutput(controlled, positive, maps)

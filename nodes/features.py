@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..attention.edit import Edit
-from ..sampling.features import plug_and_play
+from ..sampling.controller import plug_and_play
 from ..sampling.maps import MapsHandle
 from ..sampling.trajectory import Trajectory
 from .types import (
@@ -85,7 +85,13 @@ class FeatureInjection(io.ComfyNode):
     ) -> io.NodeOutput:
         check_wiring(cls.hidden)
         maps = MapsHandle(wanted=is_wired(cls.hidden, MAPS_OUTPUT))
-        return io.NodeOutput(
-            *plug_and_play(model, edit, feature_end, attention_end, trajectory, source_conditioning, maps),
-            maps,
+        controlled, positive = plug_and_play(
+            model,
+            edit,
+            feature_end,
+            attention_end,
+            trajectory=trajectory,
+            source_conditioning=source_conditioning,
+            maps=maps,
         )
+        return io.NodeOutput(controlled, positive, maps)

@@ -11,8 +11,8 @@ from torch import Tensor
 from ..attention.blend import LocalBlend
 from ..attention.edit import Edit
 from ..attention.schedule import TauSchedule
+from ..sampling.latents import check_rows, paired_latent, split_rows
 from ..sampling.maps import MapsHandle
-from ..sampling.pairing import check_rows, paired_latent, split_rows
 from ..sampling.sampler import sample_pairs
 from ..sampling.trajectory import Trajectory
 from .types import (
@@ -23,6 +23,7 @@ from .types import (
     check_options,
     edit_input,
     is_wired,
+    keep_sources,
     model_input,
     reuse_input,
     tau_input,
@@ -156,18 +157,18 @@ class PairedSampler(io.ComfyNode):
             model,
             edit,
             tau,
-            negative,
-            latent,
-            seed,
-            steps,
-            cfg,
-            sampler_name,
-            scheduler,
-            denoise,
-            blend,
-            trajectory,
-            maps,
-            reuse_gb,
+            negative=negative,
+            latent=latent,
+            seed=seed,
+            steps=steps,
+            cfg=cfg,
+            sampler_name=sampler_name,
+            scheduler=scheduler,
+            denoise=denoise,
+            blend=blend,
+            trajectory=trajectory,
+            maps=maps,
+            keep=keep_sources(cls.hidden, reuse_gb),
         )
         return io.NodeOutput(source, targets, maps, paired)
 

@@ -5,6 +5,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..sampling.reuse import Keep
+
 CATEGORY = "prompt-to-prompt"
 MODEL_OUTPUT, POSITIVE_OUTPUT = 0, 1
 """Which outputs of the nodes that make a model carry it and the conditioning that goes with it."""
@@ -68,6 +70,13 @@ def is_wired(hidden: Any, output: int) -> bool:
         return False
     inputs = (value for entry in hidden.prompt.values() for value in entry.get("inputs", {}).values())
     return any(isinstance(value, list) and value == [hidden.unique_id, output] for value in inputs)
+
+
+def keep_sources(hidden: Any, gigabytes: float) -> Keep:
+    """What a node keeps of its source runs. hidden: as in `is_wired`."""
+    if hidden is None or not hidden.prompt:
+        return Keep(gigabytes)
+    return Keep(gigabytes, str(hidden.unique_id), frozenset(hidden.prompt))
 
 
 def check_wiring(hidden: Any) -> None:

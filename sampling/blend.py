@@ -3,54 +3,78 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention.blend import LocalBlend, Regions, region_mask
-from .run import Run
+from ..attention.blend import LocalBlend, Regions, region_mask, tokens_of
+from ..attention.edit import Edit
+from ..attention.taken import Taken
+from .maps import MapReader, MapReading, region_layers
+from .run import Call, Guest, Run, Start
 
 
 @dataclass(frozen=True, eq=False)
-class BlendState:
+class Blending:
+    """Keeps the targets of a run equal to their sources outside of regions: an `Entry`.
+
+    regions: of each target.
+    """
+
+    edit: Edit
+    blend: LocalBlend
+    regions: tuple[Regions, ...]
+
+    def begin(self, run: Run, start: Start) -> Guest:
+        """Raises ValueError for another number of pairs than of masks."""
+        masks, pairs = self.blend.mask, run.shape[0] // run.branches
+        if masks is not None and len(masks) not in (1, pairs):
+            raise ValueError(f"Local Blend has {len(masks)} masks for {pairs} pairs; expected 1 or {pairs}.")
+        reader = None
+        if self.blend.needs_maps:
+            tokens = tokens_of(self.regions, run.branches)
+            reader = MapReader(run, self.edit, tokens, region_layers(run.layers), keep_steps=False)
+        return _Blend(run, self, reader)
+
+
+class _Blend(Guest):
     """Puts the source's latent back where the mask is 0, after every step from the start on and the last:
 
         x_t <- x_s + mask (x_t - x_s)
 
-    regions: of each target. Source: Hertz et al. 2023, section 4, local editing.
+    Source: Hertz et al. 2023, section 4, local editing.
     """
 
-    blend: LocalBlend
-    regions: tuple[Regions, ...]
+    acts_on_state = True
 
-    def begin(self, run: Run, noise: Tensor, sampler: Any, denoise_mask: Tensor | None) -> None:
-        """Raise ValueError for another number of pairs than of masks."""
-        masks, pairs = self.blend.mask, run.shape[0] // run.branches
-        if masks is not None and len(masks) not in (1, pairs):
-            raise ValueError(f"Local Blend has {len(masks)} masks for {pairs} pairs; expected 1 or {pairs}.")
+    def __init__(self, run: Run, entry: Blending, reader: MapReader | None):
+        self.run, self.blend, self.regions, self.reader = run, entry.blend, entry.regions, reader
+        self.reads = reader is not None
 
-    def edit(self, x: Tensor, step: int, run: Run) -> None:
-        if step == 0 or (step < run.steps and (step - 1) / run.steps < self.blend.start):
+    def watch(self, call: Call, taken: Taken) -> MapReading | None:
+        return self.reader.watch(call, taken) if self.reader is not None else None
+
+    def step(self, x: Tensor, n: int) -> None:
+        run = self.run
+        if n == 0 or (n < run.steps and (n - 1) / run.steps < self.blend.start):
             return
-        run.blend = self._mask(run, x)
+        self.mask = self._mask(x)
         rows = x.unflatten(0, (-1, run.branches))  # a view of x
         source, targets = rows[:, :1], rows[:, 1:]
-        targets.copy_(torch.lerp(source.expand_as(targets), targets, run.blend[:, :, None].to(x)))
+        targets.copy_(torch.lerp(source.expand_as(targets), targets, self.mask[:, :, None].to(x)))
 
-    def _mask(self, run: Run, x: Tensor) -> Tensor:
-        """(pairs, targets, height, width), from 0 to 1."""
-        pairs, size = x.shape[0] // run.branches, (x.shape[-2], x.shape[-1])
+    def _mask(self, x: Tensor) -> Tensor:
+        """(pairs, N, height, width), from 0 to 1."""
+        pairs, size = x.shape[0] // self.run.branches, (x.shape[-2], x.shape[-1])
         mask = x.new_ones(pairs, len(self.regions), *size, dtype=torch.float32)
-        if self.blend.needs_maps:
-            maps = run.maps.total() if run.maps is not None else None
-            if run.maps is None or maps is None:
+        if self.reader is not None:
+            maps, tokens, blend = self.reader.total(), self.reader.tokens, self.blend
+            if maps is None:
                 raise ValueError(
-                    "Local Blend found no attention maps of the whole picture: the controller's positive "
-                    "conditioning is limited to an area, or another node replaced the layers' attention."
+                    "Local Blend found no attention maps of the whole image: the positive conditioning is "
+                    "limited to an area, or another node replaced the layers' attention."
                 )
-            tokens, blend = run.maps.tokens, self.blend
             mask = torch.cat(
                 [
                     region_mask(found, maps, tokens, size, blend.threshold, blend.softness)

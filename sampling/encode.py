@@ -11,9 +11,6 @@ import torch
 from ..attention.edit import Edit, Source
 from ..attention.prompt import WORD_END, Prompt, read_prompt, spell
 
-KEY = "prompt_to_prompt"
-"""Under this key the wrappers are installed, and a paired conditioning carries its controller's mark."""
-
 EMBEDDING = "embedding:"
 """So the host's tokenizers mark the name of a textual inversion."""
 

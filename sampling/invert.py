@@ -14,8 +14,8 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 from tqdm.auto import trange
 
-from .controller import cross_attention_blocks
-from .encode import KEY
+from .host import KEY
+from .network import layers_of
 from .trajectory import ModelIdentity, Trajectory
 
 
@@ -97,7 +97,7 @@ def _input_scale(sampling: Any, sigma: Tensor) -> Tensor:
 
 
 def _check(model: Any, positive: list, latent: dict, cfg: float, negative: list | None) -> None:
-    cross_attention_blocks(model.get_model_object("diffusion_model"))
+    layers_of(model.get_model_object("diffusion_model"))
     if model.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY):
         raise ValueError(
             "Invert Image inverts one picture, and its model comes from an Attention Controller; "

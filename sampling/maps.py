@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,159 +13,121 @@ from einops import rearrange
 from torch import Tensor
 
 from ..attention.edit import Edit
-from ..attention.inject import CrossStep
-from ..attention.maps import MapStep, Tokens, map_rows, map_step, token_columns, token_maps
-from ..attention.prompt import split_words
-from .injection import Injection, Slots
-from .run import BlockKey, Call, Run
+from ..attention.inject import Attention
+from ..attention.maps import MapRows, MapStep, Tokens, map_rows, map_step, token_columns, token_maps
+from ..attention.taken import CrossStep, Taken
+from ..attention.word_maps import WordMaps, nearest
+from .network import Layer, Layers, of_kind
+from .run import Call, Guest, Run, Start
 
-PUBLISHED_FACTOR = 4
-"""A quarter of the latent's sides (16 x 16 of 64 x 64) is the published resolution for a word's region."""
 RUNS_KEPT = 2
 """Runs that a controller's maps can be asked for: a first pass and a second."""
 
 
-@dataclass(frozen=True, eq=False)
-class WordMaps:
-    """Where the words of each branch looked during a run.
+def coarse_layers(layers: Layers) -> Layers:
+    """The cross-attention layers whose maps are shown: all that are coarser than the latent, if any are."""
+    cross = of_kind(layers, "cross")
+    return tuple(layer for layer in cross if layer.scale > 1) or cross
 
-    tokens: which tokens of each branch's prompt were read. progress: of each step, from 0 to 1.
-    by_factor: downsampling of the layers -> (steps, pairs, branches, W, h, w), averaged over these layers and
-    their heads, on the CPU. size: height and width of the latent.
-    blend: the final mask of the local blend, (pairs, targets, height, width), or None.
-    """
 
-    edit: Edit
-    tokens: Tokens
-    progress: tuple[float, ...]
-    by_factor: dict[int, Tensor]
-    blend: Tensor | None
-    size: tuple[int, int]
-
-    def phrases(self, branch: int, words: str) -> tuple[list[str], list[tuple[int, ...]]]:
-        """Words or phrases of a branch's prompt, separated by commas, and their tokens; all words for none.
-
-        Raises ValueError for a branch that is not there, WordNotFound, which lists the words.
-        """
-        self._check_branch(branch)
-        prompt = self.edit.prompts[branch]
-        wanted = split_words(words)
-        if wanted:
-            return wanted, [prompt.find(phrase) for phrase in wanted]
-        return [word.text for word in prompt.words], [word.tokens for word in prompt.words]
-
-    def layers(self, factor: int) -> int:
-        """The downsampling that is meant by the published one: the nearest that the model has."""
-        return nearest(self.by_factor) if factor == PUBLISHED_FACTOR else factor
-
-    def blend_of(self, branch: int) -> Tensor | None:
-        """The final mask of a target's local blend, (pairs, height, width); for the source any target's."""
-        self._check_branch(branch)
-        if self.blend is None:
-            return None
-        return self.blend.amax(1) if branch == 0 else self.blend[:, branch - 1]
-
-    def _check_branch(self, branch: int) -> None:
-        if not 0 <= branch < self.edit.branches:
-            raise ValueError(
-                f"branch is {branch}, but the edit has branches 0 (source) to {self.edit.branches - 1}."
-            )
-
-    def of(
-        self, branch: int, phrases: Sequence[tuple[int, ...]], factor: int, start: float, end: float
-    ) -> Tensor:
-        """Maps of phrases, each given by its tokens: (pairs, phrases, h, w), the sums of their tokens' maps.
-
-        factor: downsampling of the layers to average over, 0 for all of them, the coarser ones enlarged.
-        start, end: part of the run to average over, start <= progress < end.
-
-        Raises ValueError for a branch, a factor or a part of the run without maps.
-        """
-        self._check_branch(branch)
-        steps = [n for n, progress in enumerate(self.progress) if start <= progress < end]
-        if not steps:
-            raise ValueError(
-                f"No step of the run lies from {start:g} to {end:g}; its steps are at "
-                f"{', '.join(f'{progress:.3g}' for progress in self.progress) or 'no fraction at all'}."
-            )
-        if factor and factor not in self.by_factor:
-            raise ValueError(
-                f"The model has no attention layers at 1/{factor} of the latent's sides; it has "
-                f"{', '.join(f'1/{found}' for found in self.by_factor)}."
-            )
-        chosen = [self.by_factor[factor]] if factor else list(self.by_factor.values())
-        size = chosen[0].shape[-2:]
-        columns = [[self.tokens[branch].index(token) for token in phrase] for phrase in phrases]
-        layers = []
-        for maps in chosen:
-            mean = maps[steps, :, branch].mean(0)
-            found = torch.stack([mean[:, column].sum(1) for column in columns], dim=1)
-            layers.append(F.interpolate(found, size, mode="bilinear", align_corners=False))
-        return torch.stack(layers).mean(0)
+def region_layers(layers: Layers) -> Layers:
+    """The cross-attention layers nearest to the published resolution of a word's region."""
+    cross = of_kind(layers, "cross")
+    scale = nearest(layer.scale for layer in cross)
+    return tuple(layer for layer in cross if layer.scale == scale)
 
 
 @dataclass(eq=False)
-class MapStore:
-    """Maps of one run. blocks: those to read, with the downsampling of each.
+class MapReader:
+    """Maps of one run. layers: those to read.
 
     keep_steps: keep the maps of every step (on the CPU), not only the sum over the run so far.
     """
 
+    run: Run
     edit: Edit
     tokens: Tokens
-    blocks: dict[BlockKey, int]
+    layers: Layers
     keep_steps: bool
     _total: dict[int, Tensor] = field(default_factory=dict)
     _now: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
     _step: int = 0
     _steps: dict[int, dict[int, Tensor]] = field(default_factory=dict)
 
-    def watch(self, call: Call, injection: Injection, options: dict) -> dict:
-        """The transformer_options of a forward whose cross-attention is read as well, edits included.
+    def watch(self, call: Call, taken: Taken) -> MapReading | None:
+        """What to read in a forward, edits included; nothing where it sees a part of the image only."""
+        if not call.own or not call.is_whole_image:
+            return None
+        return MapReading(self, taken.cross)
 
-        Forwards that see a part of the picture only are not read.
-        """
-        if not call.own or call.x.shape[-2:] != call.run.shape[-2:]:
-            return options
-        slots = Slots(options, tuple(self.blocks))
-        cross = injection.cross_step(call)
+    def add(self, scale: int, maps: Tensor, count: int) -> None:
+        """Maps of one forward: (pairs, B, W, height, width), summed over `count` layers and conditionings."""
+        before = self._total.get(scale)
+        if before is not None:
+            maps = maps.to(before.device)  # several GPUs compute conditionings of one run
+            if before.shape != maps.shape:  # another node shrank the layer for a while
+                flat = F.interpolate(
+                    maps.flatten(0, 1), before.shape[-2:], mode="bilinear", align_corners=False
+                )
+                maps = flat.view(before.shape)
+        self._total[scale] = maps if before is None else before + maps
+        if self.keep_steps:
+            if self.run.step != self._step:
+                self._flush()
+                self._step = self.run.step
+            total, seen = self._now.get(scale, (None, 0))
+            self._now[scale] = (maps if total is None else total + maps, seen + count)
 
-        for block, factor in self.blocks.items():
+    def _flush(self) -> None:
+        for scale, (total, count) in self._now.items():
+            self._steps.setdefault(scale, {})[self._step] = (total / count).cpu()
+        self._now.clear()
 
-            def read(
-                attend: Callable,
-                attend_own: Callable,
-                q: Tensor,
-                k: Tensor,
-                v: Tensor,
-                extra: dict,
-                factor: int = factor,
-            ) -> Tensor:
-                grid = _grid(q.shape[1], factor, call.x, extra)
-                if grid is not None:
-                    rows = self._rows(call)
-                    maps = token_maps(q, k, extra["n_heads"], rows, self._map_step(call, cross), call.copies)
-                    self._add(call, factor, grid, maps)
-                return attend(q, k, v)
+    def total(self) -> Tensor | None:
+        """Maps summed over the run so far, of the layers nearest a quarter of the latent's sides."""
+        return self._total[nearest(self._total)] if self._total else None
 
-            slots.fill("attn2", read, (block,))
-        return slots.options
+    def finish(self, blend: Tensor | None) -> WordMaps:
+        """The maps of the whole run. blend: its final mask."""
+        self._flush()
+        seen = sorted({step for maps in self._steps.values() for step in maps})
+        by_scale = {
+            scale: tuple(maps[step] for step in seen if step in maps)
+            for scale, maps in sorted(self._steps.items())
+        }
+        progress = tuple(step / self.run.steps for step in seen)
+        height, width = self.run.shape[-2:]
+        mask = None if blend is None else blend.cpu()
+        return WordMaps(self.edit, self.tokens, progress, by_scale, mask, (height, width))
 
-    def _rows(self, call: Call) -> Any:
-        key = ("map rows", call.size, call.own, call.part.targets, call.x.device)
-        if key not in call.run.made:
-            offsets = [n * call.size for n in call.own]
-            call.run.made[key] = map_rows(call.part.branches, offsets, call.size, call.x.device)
-        return call.run.made[key]
 
-    def _map_step(self, call: Call, cross: CrossStep | None) -> MapStep:
-        key = ("map step", call.length, call.x.device, call.x.dtype, cross)
-        if key not in call.run.made:
-            columns = token_columns(self.edit, self.tokens, call.length, call.x.device, call.x.dtype)
-            call.run.made[key] = map_step(columns, cross)
-        return call.run.made[key]
+@dataclass(eq=False)
+class MapReading:
+    """What one forward gives to its reader. cross: how its cross-attention is edited."""
 
-    def _add(self, call: Call, factor: int, grid: tuple[int, int], maps: Tensor) -> None:
+    reader: MapReader
+    cross: CrossStep | None
+    _sums: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> Collection[Layer]:
+        return self.reader.layers
+
+    def read(
+        self, call: Call, layer: Layer, attend: Attention, q: Tensor, k: Tensor, extra_options: dict
+    ) -> None:
+        grid = _grid(q.shape[1], layer.scale, call.size, extra_options)
+        if grid is None:
+            return
+        maps = token_maps(
+            attend,
+            q,
+            k,
+            heads=extra_options["n_heads"],
+            rows=self._rows(call),
+            step=self._step(call, q),
+            copies=call.copies,
+        )
         branches = call.part.branches
         maps = rearrange(
             maps, "(c p b) (h w) t -> c p b t h w", c=len(call.own), b=len(branches), h=grid[0]
@@ -177,42 +139,26 @@ class MapStore:
             maps = whole
             if not first:
                 maps[:, 0] = 0.0
-        before = self._total.get(factor)
-        if before is not None and before.shape != maps.shape:  # another node shrank the layer for a while
-            flat = F.interpolate(
-                maps.flatten(0, 1), before.shape[-2:], mode="bilinear", align_corners=False
-            )
-            maps = flat.view(before.shape)
-        self._total[factor] = maps if before is None else before + maps
-        if self.keep_steps:
-            if call.step != self._step:
-                self._flush()
-                self._step = call.step
-            total, count = self._now.get(factor, (None, 0))
-            self._now[factor] = (maps if total is None else total + maps, count + first)
+        total, count = self._sums.get(layer.scale, (None, 0))
+        self._sums[layer.scale] = (maps if total is None else total + maps, count + first)
 
-    def _flush(self) -> None:
-        for factor, (total, count) in self._now.items():
-            self._steps.setdefault(factor, {})[self._step] = (total / count).cpu()
-        self._now.clear()
+    def commit(self) -> None:
+        for scale, (maps, count) in self._sums.items():
+            self.reader.add(scale, maps, count)
 
-    def total(self) -> Tensor | None:
-        """Maps summed over the run so far, of the layers nearest a quarter of the latent's sides."""
-        if not self._total:
-            return None
-        return self._total[nearest(self._total)]
+    def _rows(self, call: Call) -> MapRows:
+        key = ("map rows", call.chunk, call.own, call.part.targets, call.device)
+        offsets = [n * call.chunk for n in call.own]
+        return call.run.once(key, lambda: map_rows(call.part.branches, offsets, call.chunk, call.device))
 
-    def finish(self, run: Run) -> WordMaps:
-        """The maps of the whole run."""
-        self._flush()
-        seen = sorted({step for maps in self._steps.values() for step in maps})
-        by_factor = {
-            factor: torch.stack([maps[step] for step in seen if step in maps])
-            for factor, maps in sorted(self._steps.items())
-        }
-        progress = tuple(step / run.steps for step in seen)
-        blend = None if run.blend is None else run.blend.cpu()
-        return WordMaps(self.edit, self.tokens, progress, by_factor, blend, (run.shape[-2], run.shape[-1]))
+    def _step(self, call: Call, like: Tensor) -> MapStep:
+        length, edit, tokens = call.length, self.reader.edit, self.reader.tokens
+        assert length is not None
+        key = ("map step", tokens, length, like.device, like.dtype, self.cross)
+        return call.run.once(
+            key,
+            lambda: map_step(token_columns(edit, tokens, length), self.cross).to(like.device, like.dtype),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,47 +167,96 @@ class _Recorded:
 
     samples: Tensor
     maps: WordMaps | None
-    again: Callable[[], object]
+    again: Callable[[MapsHandle], object]
 
 
 class MapsHandle:
     """What a `maps` output carries: the way to the maps of its controller's latest runs.
 
     The output exists before the run does; a run leaves its maps here when it ends, if it still exists.
-    wanted: whether runs are to read their maps. A run that ended without is made again when they are needed.
+    wanted: whether runs are to read their maps. A run that ended without is made again when they are needed,
+    if its model still exists: nothing here keeps one. again: how to, where the run itself cannot say.
     """
 
     def __init__(self, wanted: bool = False):
         self.wanted = wanted
+        self.again: Callable[[MapsHandle], object] | None = None
         self._runs: deque[_Recorded] = deque(maxlen=RUNS_KEPT)
 
     def __deepcopy__(self, memo: dict) -> MapsHandle:
         return self  # some hosts copy what is attached to a model
 
-    def record(self, samples: Tensor, maps: WordMaps | None, again: Callable[[], object]) -> None:
-        self._runs.append(_Recorded(samples.cpu(), maps, again))
+    def get_ram_usage(self) -> int:
+        """Bytes, for those of the host's caches that go by memory."""
+        return sum(run.samples.nbytes + (run.maps.nbytes if run.maps else 0) for run in self._runs)
+
+    def record(
+        self, samples: Tensor, maps: WordMaps | None, again: Callable[[MapsHandle], object]
+    ) -> None:
+        self._runs.append(_Recorded(samples.cpu(), maps, self.again or again))
 
     def maps_of(self, samples: Tensor) -> WordMaps:
         """Maps of the run that made `samples`, all of its rows or some; else of the latest run.
 
-        Raises ValueError if there was no run yet, and for an empty latent that no run made.
+        Raises ValueError if there was no run yet, for an empty latent that no run made, and where a run that
+        ended without maps cannot be made again.
         """
         if not self._runs:
             raise ValueError(
-                "No run has been made with this controller yet. Connect the latent that its sampler puts out "
-                "to samples."
+                "No run has been made with this controller yet, or its sampler had no step (denoise 0). "
+                "Connect the sampler's latent to samples."
             )
         found = next((run for run in reversed(self._runs) if _holds(run.samples, samples)), None)
         if found is None:
             if not torch.count_nonzero(samples):
-                raise ValueError("samples is an empty latent; connect the latent that the sampler puts out.")
+                raise ValueError("samples is an empty latent; connect the sampler's latent.")
             found = self._runs[-1]
         if found.maps is None:
             self.wanted = True
-            found.again()
+            found.again(self)
             found = self._runs[-1]
         assert found.maps is not None
         return found.maps
+
+
+@dataclass(frozen=True, eq=False)
+class MapRecording:
+    """Leaves the maps of a run's words in a handle, while somebody has that: an `Entry`."""
+
+    edit: Edit
+    handle: weakref.ref[MapsHandle]
+
+    def begin(self, run: Run, start: Start) -> Guest:
+        handle = self.handle()
+        if handle is None:
+            return Guest()
+        reader = None
+        if handle.wanted:
+            reader = MapReader(run, self.edit, self.edit.tokens, coarse_layers(run.layers), keep_steps=True)
+        return _Recorder(run, self.handle, reader, start.again)
+
+
+class _Recorder(Guest):
+    def __init__(
+        self,
+        run: Run,
+        handle: weakref.ref[MapsHandle],
+        reader: MapReader | None,
+        again: Callable[[], object],
+    ):
+        self.run, self.handle, self.reader, self.again = run, handle, reader, again
+        self.reads = reader is not None
+
+    def watch(self, call: Call, taken: Taken) -> MapReading | None:
+        return self.reader.watch(call, taken) if self.reader is not None else None
+
+    def end(self, samples: Tensor) -> None:
+        handle = self.handle()
+        if handle is not None:
+            mask = next((guest.mask for guest in self.run.guests if guest.mask is not None), None)
+            maps = None if self.reader is None else self.reader.finish(mask)
+            again = self.again
+            handle.record(samples, maps, lambda _: again())
 
 
 def _holds(rows: Tensor, some: Tensor) -> bool:
@@ -272,18 +267,10 @@ def _holds(rows: Tensor, some: Tensor) -> bool:
     return all(any(torch.equal(row, other) for other in rows) for row in some)
 
 
-def nearest(factors: Iterable[int]) -> int:
-    """The layers' downsampling that is nearest to the published choice."""
-    return min(
-        set(factors),
-        key=lambda factor: (abs(factor.bit_length() - PUBLISHED_FACTOR.bit_length()), factor),
-    )
-
-
-def _grid(tokens: int, factor: int, x: Tensor, extra: dict) -> tuple[int, int] | None:
+def _grid(tokens: int, scale: int, size: tuple[int, int], extra: dict) -> tuple[int, int] | None:
     """Height and width of a layer's grid of queries, or None where another node made something else of it."""
     height, width = extra.get("activations_shape", (0, 0))[-2:]
     if height * width == tokens:
         return height, width
-    height, width = (-(-side // factor) for side in x.shape[-2:])
+    height, width = (-(-side // scale) for side in size)
     return (height, width) if height * width == tokens else None

@@ -11,18 +11,20 @@ from __future__ import annotations
 import logging
 import uuid
 import weakref
-from collections.abc import Callable
+from collections.abc import Set
 from dataclasses import dataclass, field
 from types import MethodType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from comfy.cli_args import args as host_args
 from torch import Tensor
 
-from .encode import KEY
-from .injection import Slot
-from .run import BlockKey, Run
+from ..attention.taken import Taken
+from . import host
+from .forward import replaces_attention
+from .host import KEY
+from .network import Layer
+from .run import Call, Forward, Guest, Run, Sources, Start
 
 GIGABYTE = 2**30
 
@@ -34,17 +36,16 @@ class SourceForward:
     x (chunks x pairs, ...), sigma and roles say which forward it was; out is its result.
     attention: (q, k) of the layers that were injected, in the rows of the pair's own chunks.
     grids: of the layers with self-attention, their sides as a fraction of the latent's.
-    room: takes a number of bytes and says whether they may be kept. nbytes: host memory of all that is kept.
+    nbytes: host memory of all that is kept.
     """
 
     x: Tensor
     sigma: float
     roles: tuple
-    room: Callable[[int], bool]
     nbytes: int
     out: Tensor | None = None
-    attention: dict[Slot, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    grids: dict[BlockKey, float] = field(default_factory=dict)
+    attention: dict[Layer, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    grids: dict[Layer, float] = field(default_factory=dict)
 
     def is_for(self, x: Tensor, sigma: float, roles: tuple) -> bool:
         return (
@@ -53,12 +54,17 @@ class SourceForward:
             and torch.equal(self.x.to(x.device, non_blocking=True), x)
         )
 
-    def keep(self, slot: Slot, q: Tensor, k: Tensor) -> None:
-        """Keep the sources' queries and keys of a layer, if there is room."""
-        size = host_bytes(q) + host_bytes(k)
-        if slot not in self.attention and self.room(self.nbytes + size):
-            self.attention[slot] = (to_host(q), to_host(k))
-            self.nbytes += size
+    def suffices(self, call: Call, taken: Taken) -> bool:
+        """Whether this is all that the targets of a call take from their sources."""
+        if taken.features is not None or any(part.everywhere for part in taken.self_):
+            return False
+        read: set[Layer] = set()
+        if taken.cross is not None and taken.cross.moved is not None:
+            read |= {layer for layer in call.run.layers if layer.kind == "cross"}
+        for part in taken.self_:
+            cap = max(c for w, c in zip(part.weights, part.largest, strict=True) if w)
+            read |= {layer for layer in part.layers if self.grids.get(layer, 0.0) <= cap}
+        return read <= self.attention.keys()
 
 
 @dataclass(eq=False)
@@ -76,6 +82,7 @@ class SourceCache:
 
     def __init__(self) -> None:
         self.runs: list[SourceRun] = []
+        self.limits: dict[str, int] = {}
 
     @property
     def nbytes(self) -> int:
@@ -83,6 +90,7 @@ class SourceCache:
 
     def clear(self) -> None:
         self.runs.clear()
+        self.limits.clear()
 
     def open(self, model: Any, fingerprint: Any) -> SourceRun:
         """The kept run of this model and fingerprint, or a new one."""
@@ -102,84 +110,207 @@ class SourceCache:
             self.runs.pop(0)
         return self.nbytes + nbytes <= limit
 
+    def allow(self, keep: Keep) -> int:
+        """The limit in bytes now that a node asks to `keep` this much; what is beyond it is given up at once.
+
+        It is the largest that a node of the graph asks for: one that keeps nothing, such as a second pass,
+        does not take away what another one keeps.
+        """
+        self.limits = {node: limit for node, limit in self.limits.items() if node in keep.graph}
+        self.limits[keep.node] = keep.nbytes
+        limit = max(self.limits.values())
+        before = len(self.runs)
+        while self.runs and (self.nbytes > limit or not limit):
+            self.runs.pop(0)
+        if len(self.runs) < before:
+            _free_pinned()
+        return limit
+
     def _forget(self, model: weakref.ref) -> None:
         self.runs = [run for run in self.runs if run.model is not model]
-        accelerator = getattr(torch, "accelerator", None)  # which keeps freed pinned memory for itself
-        getattr(accelerator, "empty_host_cache", lambda: None)()
+        _free_pinned()
+
+
+def _free_pinned() -> None:
+    """PyTorch keeps freed pinned memory for itself."""
+    accelerator = getattr(torch, "accelerator", None)
+    getattr(accelerator, "empty_host_cache", lambda: None)()
 
 
 CACHE = SourceCache()
 
 
-@dataclass(eq=False)
-class Reuse:
+@dataclass(frozen=True)
+class Keep:
+    """How much of source runs to keep: an `Entry`.
+
+    gigabytes: host memory, in GB (2^30 bytes), of all kept runs together; 0 for none.
+    node, graph: the node that asks, and all nodes of its graph, as the host calls them.
+    """
+
+    gigabytes: float = 0.0
+    node: str = ""
+    graph: Set[str] = frozenset()
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.gigabytes * GIGABYTE)
+
+    def begin(self, run: Run, start: Start, cache: SourceCache | None = None) -> Guest:
+        cache = CACHE if cache is None else cache
+        limit = cache.allow(self)
+        return Reuse(run, cache, limit) if self.nbytes else Guest()
+
+
+NOTHING_KEPT = Keep()
+
+
+class Reuse(Guest):
     """One run's use of the cache. limit: bytes. reused: forwards without sources, of `forwards` so far."""
 
-    source: SourceRun
-    limit: int
-    cache: SourceCache
-    forwards: int = 0
-    reused: int = 0
+    def __init__(self, run: Run, cache: SourceCache, limit: int):
+        self.run, self.cache, self.limit = run, cache, limit
+        self.source: SourceRun | None = None
+        self.forwards = self.reused = 0
 
-    def next(self, x: Tensor, sigma: float, roles: tuple) -> SourceForward | None:
-        """What is kept of the run's next forward, if anything. x: the sources' rows."""
+    def conditioned(self, guider: Any, start: tuple) -> None:
+        """Look for a kept run of the same sources; not where several GPUs share the model calls."""
+        if host.is_multigpu(guider.model_options):
+            logging.info("[prompt-to-prompt] several GPUs: the source run is neither kept nor reused")
+            return
+        patcher = guider.model_patcher
+        seen = {
+            "patches": patcher.patches_uuid,
+            "objects": patcher.object_patches,
+            "injections": patcher.injections,
+            "attachments": patcher.attachments,
+            "models": patcher.additional_models,
+            "options": guider.model_options,
+            "conds": guider.conds,
+            "start": start,
+        }
+        self.source = self.cache.open(patcher.model, frozen(seen, self.run))
+
+    def sources(self, forward: Forward, call: Call | None, taken: Taken) -> Sources | None:
+        if self.source is None or forward.x.shape[0] % self.run.branches:
+            return None
+        x, sigma, roles = forward.x[:: self.run.branches], self.run.sigma, self._roles(forward.options)
         known = self.source.forwards.get(self.forwards)
         self.forwards += 1
-        return known if known is not None and known.is_for(x, sigma, roles) else None
+        if known is not None and not known.is_for(x, sigma, roles):
+            known = None
+        reads = call is not None and any(guest.reads for guest in self.run.guests)
+        alone = not reads and not _sees_all_rows(forward.options)
+        if known is not None and alone and (call is None or known.suffices(call, taken)):
+            self.reused += 1
+            return Known(known)
+        return Keeping(self, self.source, self.forwards - 1, x, sigma, roles, known)
 
-    def begin(self, x: Tensor, sigma: float, roles: tuple, known: SourceForward | None) -> SourceForward:
-        """Room for what this forward gives, in place of what was kept; `known` of it stays."""
-        before = self.source.forwards.pop(self.forwards - 1, None)
-        self.source.nbytes -= before.nbytes if before is not None else 0
-        fresh = SourceForward(to_host(x), sigma, roles, self._has_room, host_bytes(x))
-        if known is not None:
-            fresh.grids.update(known.grids)
-            for slot, (q, k) in known.attention.items():
-                fresh.attention[slot] = (q, k)
-                fresh.nbytes += host_bytes(q) + host_bytes(k)
-        return fresh
+    def _roles(self, options: dict) -> tuple:
+        """Whose conditionings a forward computes, which with its sigma tells it from the run's others."""
+        own = [chunk in self.run.lengths for chunk in options["uuids"]]
+        return (*options["cond_or_uncond"], *own, self.run.injecting)
+
+    def end(self, samples: Tensor) -> None:
+        if self.source is not None:
+            logging.info(
+                "[prompt-to-prompt] %d of %d model calls without the source; kept runs: %.2f of %.2f GB",
+                self.reused,
+                self.forwards,
+                self.cache.nbytes / GIGABYTE,
+                self.limit / GIGABYTE,
+            )
+
+
+class Known:
+    """The sources are not in the batch: what they give was kept."""
+
+    in_batch: ClassVar[bool] = False
+
+    def __init__(self, forward: SourceForward):
+        self.forward = forward
+
+    def begin(self) -> None:
+        pass
+
+    def queries_and_keys(self, call: Call, layer: Layer, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """The known ones stand behind the batch's."""
+        queries, keys = (x.to(q.device, non_blocking=True) for x in self.forward.attention[layer])
+        return torch.cat([q, queries]), torch.cat([k, keys])
+
+    def note_grid(self, layer: Layer, fraction: float) -> None:
+        pass
+
+    def out(self, like: Tensor) -> Tensor | None:
+        assert self.forward.out is not None
+        return self.forward.out.to(like.device, non_blocking=True)
+
+    def end(self, out: Tensor) -> None:
+        pass
+
+
+class Keeping:
+    """The sources are in the batch, and what they give is kept as forward number `number` of the run.
+
+    known: what is already kept of it, which was too little.
+    """
+
+    in_batch: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        reuse: Reuse,
+        source: SourceRun,
+        number: int,
+        x: Tensor,
+        sigma: float,
+        roles: tuple,
+        known: SourceForward | None,
+    ):
+        self.reuse, self.source, self.number, self.known = reuse, source, number, known
+        before = source.forwards.pop(number, None)
+        source.nbytes -= before.nbytes if before is not None else 0
+        self.forward = SourceForward(to_host(x), sigma, roles, host_bytes(x))
+
+    def begin(self) -> None:
+        forward, known = self.forward, self.known
+        forward.attention = dict(known.attention) if known is not None else {}
+        forward.grids = dict(known.grids) if known is not None else {}
+        kept = (host_bytes(x) for pair in forward.attention.values() for x in pair)
+        forward.nbytes = host_bytes(forward.x) + sum(kept)
+
+    def queries_and_keys(self, call: Call, layer: Layer, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of the batch; the sources' are kept if there is room."""
+        if q.shape[0] == k.shape[0] == call.batch and call.own and layer not in self.forward.attention:
+            queries, keys = (x.index_select(0, call.source_rows()) for x in (q, k))
+            size = host_bytes(queries) + host_bytes(keys)
+            if self._has_room(self.forward.nbytes + size):
+                self.forward.attention[layer] = (to_host(queries), to_host(keys))
+                self.forward.nbytes += size
+        return q, k
+
+    def note_grid(self, layer: Layer, fraction: float) -> None:
+        self.forward.grids[layer] = fraction
+
+    def out(self, like: Tensor) -> Tensor | None:
+        return None
+
+    def end(self, out: Tensor) -> None:
+        sources = out[:: self.reuse.run.branches]
+        self.forward.nbytes += host_bytes(sources)
+        if self._has_room(self.forward.nbytes):
+            self.forward.out = to_host(sources)
+            self.source.forwards[self.number] = self.forward
+            self.source.nbytes += self.forward.nbytes
 
     def _has_room(self, nbytes: int) -> bool:
-        return self.cache.has_room(self.source, nbytes, self.limit)
-
-    def keep(self, forward: SourceForward, out: Tensor) -> None:
-        """Keep a forward that has ended. out: the result in the sources' rows."""
-        forward.nbytes += host_bytes(out)
-        if self._has_room(forward.nbytes):
-            forward.out = to_host(out)
-            self.source.forwards[self.forwards - 1] = forward
-            self.source.nbytes += forward.nbytes
-
-    def report(self) -> None:
-        logging.info(
-            "[prompt-to-prompt] %d of %d model calls without the source; kept source runs: %.2f of %.2f GB",
-            self.reused,
-            self.forwards,
-            self.cache.nbytes / GIGABYTE,
-            self.limit / GIGABYTE,
-        )
+        return self.reuse.cache.has_room(self.source, nbytes, self.reuse.limit)
 
 
-def begin_reuse(guider: Any, run: Run, start: tuple, limit: int, cache: SourceCache = CACHE) -> Reuse | None:
-    """Look for a kept run of the same sources. None where several GPUs share the model calls.
-
-    guider: the host's, with its conditionings processed. start: noise, latent and mask of the run.
-    """
-    if guider.model_options.get("multigpu_clones"):
-        logging.info("[prompt-to-prompt] several GPUs: the source run is neither kept nor reused")
-        return None
-    patcher = guider.model_patcher
-    seen = {
-        "patches": patcher.patches_uuid,
-        "objects": patcher.object_patches,
-        "injections": patcher.injections,
-        "attachments": patcher.attachments,
-        "models": patcher.additional_models,
-        "options": guider.model_options,
-        "conds": guider.conds,
-        "start": start,
-    }
-    return Reuse(cache.open(patcher.model, frozen(seen, run)), limit, cache)
+def _sees_all_rows(options: dict) -> bool:
+    """Whether another node acts inside attention, where it may mix the batch's rows or split them."""
+    patches = options.get("patches", {})
+    return replaces_attention(options) or bool(patches.get("attn1_patch") or patches.get("attn2_patch"))
 
 
 def to_host(x: Tensor) -> Tensor:
@@ -204,7 +335,7 @@ def host_bytes(x: Tensor) -> int:
 
 
 def _pins(x: Tensor) -> bool:
-    return x.device.type == "cuda" and not getattr(host_args, "disable_pinned_memory", False)
+    return x.device.type == "cuda" and host.pins_memory()
 
 
 _NOT_SEEN = ("uuid", KEY)

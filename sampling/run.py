@@ -1,45 +1,258 @@
-"""What one sampling run needs to remember, and what one forward of the model looks like from inside it."""
+"""What one sampling run remembers, and what one forward of the model is to it."""
 
 from __future__ import annotations
 
+import threading
 import uuid
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Hashable
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..attention.inject import Rows, paired_rows
+from ..attention.inject import Attention, Rows, paired_rows
 from ..attention.schedule import step_of
-from .encode import KEY
+from ..attention.taken import Taken
+from .host import KEY
+from .network import Layer, Layers
 
-if TYPE_CHECKING:
-    from .maps import MapStore
-    from .reuse import Reuse, SourceForward
-
+T = TypeVar("T")
 
 Group = tuple[int, ...]
 """Numbers of targets, from 0."""
-BlockKey = tuple[str, int, int]
-"""A transformer block as the host names it: "input", "middle" or "output", number, depth."""
+
+
+@dataclass(frozen=True, eq=False)
+class Forward:
+    """What the host calls its model with: apply_model(x, *args, options, **kwargs).
+
+    x (b, channels, height, width). args: timestep, c_concat, c_crossattn, control. options: the call's own
+    transformer_options. kwargs: whatever else the model's conditionings hold.
+    """
+
+    x: Tensor
+    args: tuple
+    options: dict
+    kwargs: dict
+
+    @property
+    def context(self) -> Tensor | None:
+        """The text, (b, L, c)."""
+        return self.args[2]
+
+    def to(self, model: Callable[..., Tensor]) -> Tensor:
+        return model(self.x, *self.args, self.options, **self.kwargs)
+
+
+class Sources(Protocol):
+    """Where the targets of a forward find what their sources give."""
+
+    in_batch: ClassVar[bool]
+    """Whether the sources' rows are in the batch; if not, what they give stands behind it."""
+
+    def begin(self) -> None:
+        """A forward begins, or begins again after it ran out of memory."""
+        ...
+
+    def queries_and_keys(self, call: Call, layer: Layer, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q and k of a layer in which `Rows.origin` finds the sources'."""
+        ...
+
+    def note_grid(self, layer: Layer, fraction: float) -> None:
+        """A self-attention layer has a grid with this fraction of the latent's sides."""
+        ...
+
+    def out(self, like: Tensor) -> Tensor | None:
+        """The forward's result in the sources' rows, if they are not in the batch. like: for the device."""
+        ...
+
+    def end(self, out: Tensor) -> None:
+        """The forward has ended. out: its result, of the whole batch."""
+        ...
+
+
+class InBatch:
+    """The sources are in the batch, and nothing is kept of them."""
+
+    in_batch: ClassVar[bool] = True
+
+    def begin(self) -> None:
+        pass
+
+    def queries_and_keys(self, call: Call, layer: Layer, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return q, k
+
+    def note_grid(self, layer: Layer, fraction: float) -> None:
+        pass
+
+    def out(self, like: Tensor) -> Tensor | None:
+        return None
+
+    def end(self, out: Tensor) -> None:
+        pass
+
+
+IN_BATCH: Sources = InBatch()
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """What of a batch one forward of the model computes.
-
-    targets: those in it, with their sources; without them where `known` has what they give. kept: where to
-    keep the sources' attention for later runs, or None.
-    """
+    """What of a batch goes through the model at once: these targets, with their sources or without them."""
 
     targets: Group
-    known: SourceForward | None = None
-    kept: SourceForward | None = None
+    sources: Sources = IN_BATCH
 
     @property
     def branches(self) -> list[int]:
         """The rows of each pair, 0 the source."""
-        return [*([0] if self.known is None else []), *(target + 1 for target in self.targets)]
+        return [*([0] if self.sources.in_batch else []), *(target + 1 for target in self.targets)]
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One forward of the model within the pair's own prediction, or a part of it.
+
+    rows: of the batch, in `chunks` conditionings. own: the chunks that are the pair's positive conditioning;
+    the others are its negative ones, or other nodes'. size: height and width of the latent. tokens: L of the
+    text, which the host may have repeated; length: t of the pair's own conditioning, None without an own one.
+    """
+
+    run: Run
+    batch: int
+    chunks: int
+    own: tuple[int, ...]
+    size: tuple[int, int]
+    device: torch.device
+    tokens: int
+    length: int | None
+    part: Part
+
+    @property
+    def step(self) -> int:
+        return self.run.step
+
+    @property
+    def progress(self) -> float:
+        """The step's place in the run, from 0 to 1."""
+        return self.run.step / self.run.steps
+
+    @property
+    def chunk(self) -> int:
+        """Rows of a chunk."""
+        return self.batch // self.chunks
+
+    @property
+    def copies(self) -> int:
+        """How often the text repeats the pair's own conditioning, beside a longer negative prompt."""
+        assert self.length is not None
+        return self.tokens // self.length
+
+    @property
+    def is_whole_image(self) -> bool:
+        """Whether it computes the whole latent, and not an area or a tile of it."""
+        return self.size == self.run.shape[-2:]
+
+    def of(self, part: Part) -> Call:
+        """The same call as it is for some of the targets."""
+        return replace(self, batch=self.batch // self.run.branches * len(part.branches), part=part)
+
+    def rows(self, everywhere: bool = False, taking: Collection[int] | None = None) -> Rows:
+        """The targets' rows in the pair's own chunks, or in all chunks.
+
+        taking: of these targets, by number; of all of them by default.
+        """
+        chunks = tuple(range(self.chunks)) if everywhere else self.own
+        taking = None if taking is None else tuple(taking)
+        part, known = self.part, not self.part.sources.in_batch
+        key = ("rows", self.batch, self.chunk, chunks, part.targets, known, taking, self.device)
+        return self.run.once(
+            key,
+            lambda: paired_rows(
+                self.batch,
+                part.targets,
+                [n * self.chunk for n in chunks],
+                self.chunk,
+                self.device,
+                taking,
+                known,
+            ),
+        )
+
+    def source_rows(self) -> Tensor:
+        """The sources' rows in the pair's own chunks."""
+        key = ("source rows", self.batch, self.chunk, self.own, self.part.targets, self.device)
+        rows = [
+            n * self.chunk + row for n in self.own for row in range(0, self.chunk, len(self.part.branches))
+        ]
+        return self.run.once(key, lambda: torch.tensor(rows, dtype=torch.long, device=self.device))
+
+
+class Reading(Protocol):
+    """What a guest reads in the layers of one forward. It counts once the forward has ended."""
+
+    @property
+    def layers(self) -> Collection[Layer]: ...
+
+    def read(
+        self, call: Call, layer: Layer, attend: Attention, q: Tensor, k: Tensor, extra_options: dict
+    ) -> None:
+        """attend: the host's attention. q (b, n, h d), k (b, L, h d). extra_options: the layer's."""
+        ...
+
+    def commit(self) -> None:
+        """The forward has ended, in all its parts; without this, what was read is as if it had not been."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """What a run is given. denoise_mask: of inpainting, or None. again: makes the run once more."""
+
+    noise: Tensor
+    sampler: Any
+    denoise_mask: Tensor | None
+    again: Callable[[], object]
+
+
+class Guest:
+    """Something that takes part in one run, made for that run. By itself it does nothing."""
+
+    acts_on_state: bool = False
+    """Whether it has a `step`."""
+    reads: bool = False
+    """Whether it reads layers of forwards."""
+    mask: Tensor | None = None
+    """Where the targets may differ from their sources, (pairs, N, height, width), if it decides that."""
+
+    def conditioned(self, guider: Any, start: tuple) -> None:
+        """The guider's conditionings are processed, and sampling begins from `start`."""
+
+    def sources(self, forward: Forward, call: Call | None, taken: Taken) -> Sources | None:
+        """Where this forward's targets find their sources, or None to leave that to others."""
+        return None
+
+    def watch(self, call: Call, taken: Taken) -> Reading | None:
+        """What to read in this forward."""
+        return None
+
+    def step(self, x: Tensor, n: int) -> None:
+        """Change rows of x in place.
+
+        x (pairs x branches, channels, height, width): the state at run.sigmas[n], in the sampler's space:
+        before step number n, from 0, or (n = run.steps) the run's result.
+        """
+
+    def end(self, samples: Tensor) -> None:
+        """The run has ended well."""
+
+
+class Entry(Protocol):
+    """What a controller has for every run, immutable: it makes the run's guest."""
+
+    def begin(self, run: Run, start: Start) -> Guest:
+        """Raises ValueError, before the first step, for a run that the guest cannot take part in."""
+        ...
 
 
 @dataclass(eq=False)
@@ -47,151 +260,90 @@ class Run:
     """One sampling run; dropped at its end. It travels in the run's own `transformer_options`.
 
     sigmas: the run's list. shape: of the sampler's batch, (pairs x branches, channels, height, width).
-    branches: rows of a pair. maps: the words' maps, if they are wanted. blend: the latest mask of the local
-    blend, (pairs, targets, height, width).
+    branches: rows of a pair. layers: of the network. guests: what takes part in it.
     lengths: uuid of each of the pair's own conditioning entries -> its number of tokens.
     groups: the targets that go through the model together, all of them if memory allows.
-    reuse: what is kept of the sources for later runs, and known from earlier ones, if that is wanted.
+    step: of the prediction under way. known_sigma: the sigma that was already read for the next prediction.
     injecting: whether the model calls under way belong to the pair's own prediction.
     predicted: whether that prediction was already made for this call of the sampler.
-    made: what is worked out once per run, by key.
+    injected, due: forwards in which layers took from the source, and in which they should have.
+    lock: for what several GPUs' threads change.
     """
 
     sigmas: list[float]
     shape: tuple[int, ...]
     branches: int
-    maps: MapStore | None = None
-    blend: Tensor | None = None
+    layers: Layers
+    guests: tuple[Guest, ...] = ()
     lengths: dict[uuid.UUID, int] = field(default_factory=dict)
     groups: tuple[Group, ...] = ()
-    reuse: Reuse | None = None
+    step: int = 0
+    sigma: float = 0.0
+    known_sigma: float | None = None
     injecting: bool = False
     predicted: bool = False
-    made: dict[tuple, Any] = field(default_factory=dict)
+    injected: int = 0
+    due: int = 0
+    lock: Any = field(default_factory=threading.RLock)
+    _made: dict[Hashable, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.groups = self.groups or (tuple(range(self.branches - 1)),)
+        self.groups = self.groups or (self.everyone,)
+
+    @property
+    def everyone(self) -> Group:
+        return tuple(range(self.branches - 1))
 
     @property
     def steps(self) -> int:
         return len(self.sigmas) - 1
 
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What is worked out once per run. key: of all that it depends on."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def at(self, sigma: float) -> None:
+        """A prediction at this sigma begins."""
+        self.sigma, self.step = sigma, step_of(sigma, self.sigmas)
+
+    def call(self, forward: Forward) -> Call | None:
+        """What a forward is to the run, or None where it is not part of the pair's own prediction.
+
+        Raises ValueError where another node changed the rows of the call, or lengths of conditionings.
+        """
+        if not self.injecting:
+            return None
+        uuids = forward.options["uuids"]
+        own = tuple(n for n, chunk in enumerate(uuids) if chunk in self.lengths)
+        rows = forward.x.shape[0]
+        if own and rows != len(uuids) * self.shape[0]:
+            raise ValueError(
+                f"A model call has {rows} rows where {len(uuids)} conditionings of {self.shape[0]} latents "
+                "are expected: another node between Attention Controller and sampler computes several tiles "
+                "or windows in one call. Set its tile batch size to 1, or take it out."
+            )
+        lengths = {self.lengths[uuids[n]] for n in own}
+        if len(lengths) > 1:
+            raise ValueError(
+                "Conditionings of one Attention Controller meet in a model call with different numbers of "
+                f"tokens ({', '.join(map(str, sorted(lengths)))}): another node appended text to some of "
+                "them. Write that text into the source and target prompts instead."
+            )
+        return Call(
+            self,
+            rows,
+            len(uuids),
+            own,
+            (forward.x.shape[-2], forward.x.shape[-1]),
+            forward.x.device,
+            0 if forward.context is None else forward.context.shape[1],
+            lengths.pop() if lengths else None,
+            Part(self.everyone),
+        )
+
 
 def run_of(options: dict) -> Run | None:
     """The run that `model_options` belong to."""
     return options.get("transformer_options", {}).get(KEY)
-
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """One forward of the diffusion model within the pair's own prediction.
-
-    x (b, channels, height, width): the batch, `chunks` conditionings of `size` rows each. context (b, L, c).
-    options: the forward's transformer_options. own: chunks that are the pair's positive conditioning; the
-    others of this prediction are its negative ones, or other nodes'. part: what of the batch it computes.
-    network: the host's U-Net whose forward it is.
-    """
-
-    run: Run
-    x: Tensor
-    context: Tensor
-    options: dict
-    step: int
-    chunks: int
-    own: tuple[int, ...]
-    part: Part
-    network: Any
-
-    @property
-    def size(self) -> int:
-        return self.x.shape[0] // self.chunks
-
-    @property
-    def length(self) -> int:
-        """Tokens of the pair's own conditioning, which the host may have repeated in `context`."""
-        uuids = self.options["uuids"]
-        lengths = {self.run.lengths[uuids[n]] for n in self.own}
-        if len(lengths) > 1:
-            raise ValueError(
-                "Conditionings of one Attention Controller meet in a model call with different numbers of "
-                f"tokens ({', '.join(map(str, sorted(lengths)))}); concatenate the same text to all of them."
-            )
-        return lengths.pop()
-
-    @property
-    def copies(self) -> int:
-        """How often `context` repeats the pair's own conditioning, beside a longer negative prompt."""
-        return self.context.shape[1] // self.length
-
-    def rows(self, chunks: tuple[int, ...], active: tuple[bool, ...] | None = None) -> Rows:
-        """The targets' rows in some of the chunks; of all targets, or of those that are active, by number."""
-        targets, known = self.part.targets, self.part.known is not None
-        key = ("rows", self.x.shape[0], self.size, chunks, targets, known, active, self.x.device)
-        if key not in self.run.made:
-            offsets = [n * self.size for n in chunks]
-            taking = [n for n in targets if active is None or active[n]]
-            self.run.made[key] = paired_rows(
-                self.x.shape[0], targets, offsets, self.size, self.x.device, taking, known
-            )
-        return self.run.made[key]
-
-    def sources(self, slot: str, q: Tensor, k: Tensor, extra_options: dict) -> tuple[Tensor, Tensor]:
-        """Queries and keys of a layer in which `Rows.origin` finds the sources'.
-
-        Those of the batch, or, where the sources are not in it, with the known ones behind. slot: "attn1" or
-        "attn2". extra_options: of the host's replacement, which names the layer.
-        """
-        layer = (slot, _block(extra_options))
-        if self.part.known is not None:
-            known = self.part.known.attention[layer]
-            return (
-                torch.cat([q, known[0].to(q.device, non_blocking=True)]),
-                torch.cat([k, known[1].to(k.device, non_blocking=True)]),
-            )
-        if self.part.kept is not None and q.shape[0] == k.shape[0] == self.x.shape[0]:
-            rows = self._source_rows()
-            self.part.kept.keep(layer, q.index_select(0, rows), k.index_select(0, rows))
-        return q, k
-
-    def keep_grid(self, extra_options: dict, fraction: float) -> None:
-        """Note the size of a layer's grid for later runs."""
-        if self.part.kept is not None:
-            self.part.kept.grids[_block(extra_options)] = fraction
-
-    def _source_rows(self) -> Tensor:
-        """The sources' rows in the pair's own chunks."""
-        key = ("source rows", self.x.shape[0], self.size, self.own, self.part.targets, self.x.device)
-        if key not in self.run.made:
-            starts = [n * self.size for n in self.own]
-            step = len(self.part.branches)
-            rows = [start + row for start in starts for row in range(0, self.size, step)]
-            self.run.made[key] = torch.tensor(rows, dtype=torch.long, device=self.x.device)
-        return self.run.made[key]
-
-
-def _block(extra_options: dict) -> BlockKey:
-    """The transformer block that the host's replacement is called for."""
-    name, number = extra_options["block"][:2]
-    return name, number, extra_options["block_index"]
-
-
-def begin_call(x: Tensor, context: Any, options: dict, sigma: float, part: Part, network: Any) -> Call | None:
-    """What this forward is to the run, or None where it is not part of the pair's own prediction.
-
-    sigma: the forward's. part: what of the batch it computes.
-    Raises ValueError where another node changed the rows of the call.
-    """
-    run: Run | None = options.get(KEY)
-    if run is None or not run.injecting:
-        return None
-    uuids = options["uuids"]
-    own = tuple(n for n, chunk in enumerate(uuids) if chunk in run.lengths)
-    latents = run.shape[0] // run.branches * len(part.branches)
-    if own and x.shape[0] != len(uuids) * latents:
-        raise ValueError(
-            f"A model call has {x.shape[0]} rows where {len(uuids)} conditionings of {latents} latents are "
-            "expected: another node between the Attention Controller and the sampler computes several tiles "
-            "or windows in one call. Set its tile batch size to 1, or take it out."
-        )
-    step = step_of(sigma, run.sigmas)
-    return Call(run, x, context, options, step, len(uuids), own, part, network)

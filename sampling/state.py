@@ -1,10 +1,10 @@
-"""Edits of the sampler's state: rows of its x, changed in place between its steps."""
+"""The sampler's state: rows of its x, which guests of a run change in place between its steps."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -12,36 +12,17 @@ from ..attention.schedule import step_of
 from .run import Run
 
 
-class StateEdit(Protocol):
-    """Something that acts on the state of the sampler, not on a prediction."""
-
-    def begin(self, run: Run, noise: Tensor, sampler: Any, denoise_mask: Tensor | None) -> None:
-        """Raise ValueError, before the first step, for a run that it cannot act on.
-
-        noise, sampler, denoise_mask: what the run is given.
-        """
-        ...
-
-    def edit(self, x: Tensor, step: int, run: Run) -> None:
-        """Change rows of x in place.
-
-        x (pairs x branches, channels, height, width): the state at run.sigmas[step], in the sampler's space:
-        before step number `step`, from 0, or (step = run.steps) the run's result.
-        """
-        ...
-
-
-def with_edited_state(function: Callable, run: Run, edits: Sequence[StateEdit]) -> Callable:
-    """A sampler function of the host whose state is edited before every model call and at the end.
+def with_edited_state(function: Callable, run: Run) -> Callable:
+    """A sampler function of the host whose state the run's guests edit before model calls and at the end.
 
     Samplers that call the model several times a step have each of those states edited.
     """
 
     @functools.wraps(function)
     def edited(model: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        samples = function(_Model(model, run, edits), x, *args, **kwargs)
-        for edit in edits:
-            edit.edit(samples, run.steps, run)
+        samples = function(_Model(model, run), x, *args, **kwargs)
+        for guest in run.guests:
+            guest.step(samples, run.steps)
         return samples
 
     return edited
@@ -50,14 +31,15 @@ def with_edited_state(function: Callable, run: Run, edits: Sequence[StateEdit]) 
 class _Model:
     """The model as samplers call it: everything is the wrapped one's, but a call edits x first."""
 
-    def __init__(self, model: Any, run: Run, edits: Sequence[StateEdit]):
-        object.__setattr__(self, "_wrapped", (model, run, edits))
+    def __init__(self, model: Any, run: Run):
+        object.__setattr__(self, "_wrapped", (model, run))
 
     def __call__(self, x: Tensor, sigma: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        model, run, edits = self._wrapped
-        step = step_of(float(sigma.flatten()[0]), run.sigmas)
-        for edit in edits:
-            edit.edit(x, step, run)
+        model, run = self._wrapped
+        run.known_sigma = float(sigma.flatten()[0])  # reading it waits for the GPU, so the forwards do not
+        step = step_of(run.known_sigma, run.sigmas)
+        for guest in run.guests:
+            guest.step(x, step)
         return model(x, sigma, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

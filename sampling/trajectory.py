@@ -13,7 +13,7 @@ from comfy.samplers import KSampler, calculate_sigmas
 from einops import repeat
 from torch import Tensor
 
-from .run import Run
+from .run import Guest, Run, Start
 
 RECONSTRUCTIONS = ("direct", "negative prompt")
 
@@ -115,12 +115,8 @@ def _scheduler_of(sigmas: Sequence[float], sampling: Any) -> str | None:
 
 
 @dataclass(frozen=True, eq=False)
-class Followed:
-    """Keeps the sources of a run on a trajectory: a `StateEdit`.
-
-    Every branch starts from the path; with direct inversion (Ju et al. 2024) the source's latent is put back
-    on it before every step and at the end, so the source is the picture whatever the guidance. A run that
-    adds no noise goes on from the latent that it was given, as in any sampler; only its sources are put back.
+class Following:
+    """Keeps the sources of a run on a trajectory: an `Entry`.
 
     sampling: of the run's model, which knows the schedulers' sigmas.
     """
@@ -128,9 +124,9 @@ class Followed:
     trajectory: Trajectory
     sampling: Any
 
-    def begin(self, run: Run, noise: Tensor, sampler: Any, denoise_mask: Tensor | None) -> None:
-        """Raise ValueError for a run that cannot follow this trajectory."""
-        check_first_order(sampler)
+    def begin(self, run: Run, start: Start) -> Guest:
+        """Raises ValueError for a run that cannot follow this trajectory."""
+        check_first_order(start.sampler)
         items, *size = self.trajectory.latents[0].shape
         if list(run.shape[1:]) != size:
             raise ValueError(
@@ -143,32 +139,45 @@ class Followed:
                 f"The trajectory has a batch of {items}, but the run has {pairs} pairs. "
                 "Connect the latent that was inverted."
             )
-        if denoise_mask is not None:
+        if start.denoise_mask is not None:
             raise ValueError(
                 "A trajectory and a noise mask exclude each other: both say what the source is outside the "
                 "mask. Remove Set Latent Noise Mask; Local Blend with a mask keeps the rest of the picture."
             )
         offset = self.trajectory.offset_in(run.sigmas, self.sampling)
-        run.made[_BEGIN] = offset, bool(torch.count_nonzero(noise))
+        return _Follower(run, self.trajectory, offset, bool(torch.count_nonzero(start.noise)))
 
-    def edit(self, x: Tensor, step: int, run: Run) -> None:
-        offset, fresh = run.made[_BEGIN]
-        if step == 0 and fresh:
-            latents = self.trajectory.latents[offset].to(x)
-            x.copy_(repeat(latents, "p ... -> (p n) ...", n=run.branches))
+
+class _Follower(Guest):
+    """Every branch starts from the path; the sources stay on it.
+
+    With direct inversion (Ju et al. 2024) the source's latent is put back on the path before every step and
+    at the end, so the source is the image whatever the guidance. A run that adds no noise goes on from the
+    latent that it was given, as in any sampler; only its sources are put back.
+
+    offset: where in the path the run begins. fresh: whether the run adds noise.
+    """
+
+    acts_on_state = True
+
+    def __init__(self, run: Run, trajectory: Trajectory, offset: int, fresh: bool):
+        self.run, self.trajectory, self.offset, self.fresh = run, trajectory, offset, fresh
+
+    def step(self, x: Tensor, n: int) -> None:
+        branches = self.run.branches
+        if n == 0 and self.fresh:
+            latents = self.trajectory.latents[self.offset].to(x)
+            x.copy_(repeat(latents, "p ... -> (p n) ...", n=branches))
         elif self.trajectory.reconstruction == "direct":
-            x[:: run.branches] = self.trajectory.latents[offset + step].to(x)
+            x[::branches] = self.trajectory.latents[self.offset + n].to(x)
 
 
-def follow(model: Any, trajectory: Trajectory | None) -> Followed | None:
+def follow(model: Any, trajectory: Trajectory | None) -> Following | None:
     """What keeps the sources of a run of `model` on the trajectory. Raises ValueError for another model."""
     if trajectory is None:
         return None
     trajectory.check_model(model)
-    return Followed(trajectory, model.get_model_object("model_sampling"))
-
-
-_BEGIN = ("trajectory",)
+    return Following(trajectory, model.get_model_object("model_sampling"))
 
 
 def _size(shape: Sequence[int]) -> str:

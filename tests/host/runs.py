@@ -6,6 +6,7 @@ Sizes are small, so that a run takes a fraction of a second: 8 x 8 latents, four
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import comfy.samplers
@@ -28,6 +29,8 @@ SCHEDULERS = comfy.samplers.KSampler.SCHEDULERS
 
 SOURCE = "a cat riding a bicycle"
 TARGET = "a dog riding a red car"
+
+EULER = {"sampler_name": "euler", "scheduler": "normal"}
 
 EMPTY = TauSchedule(Window(0, 0), Window(0, 0))
 FULL = TauSchedule(Window(0, 1), Window(0, 1), self_resolution=1.0)
@@ -126,11 +129,24 @@ def sampler_custom_advanced(
     return output.args[0]["samples"]
 
 
+def in_graph(node: Any, unique_id: str, *others: str) -> Any:
+    """A node class as the host executes it within a graph of nodes with these ids."""
+    hidden = SimpleNamespace(unique_id=unique_id, prompt={name: {"inputs": {}} for name in (unique_id, *others)})
+    return type(node.__name__, (node,), {"hidden": hidden})
+
+
 def paired_sampler(
-    model: Any, edit: Edit, tau: TauSchedule, negative: list, latent: dict, s: Settings, **optional: Any
+    model: Any,
+    edit: Edit,
+    tau: TauSchedule,
+    negative: list,
+    latent: dict,
+    s: Settings,
+    node: Any = PairedSampler,
+    **optional: Any,
 ) -> tuple:
     """The outputs of a Paired Sampler. optional: its optional inputs."""
-    return PairedSampler.execute(
+    return node.execute(
         model,
         edit,
         tau,

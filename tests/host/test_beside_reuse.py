@@ -71,6 +71,6 @@ def test_a_kept_source_gives_the_same_result(studio, made, neighbour: Neighbour)
 @pytest.mark.parametrize("neighbour", CASES)
 def test_groups_of_targets_give_the_same_result(made, monkeypatch, neighbour: Neighbour):
     whole = made.whole(neighbour)
-    monkeypatch.setattr("p2p.sampling.controller.fitting_groups", lambda *_: ((0,), (1,)))
+    monkeypatch.setattr("p2p.sampling.hooks.fitting_groups", lambda *_: ((0,), (1,)))
     for found, expected in zip(made.run(neighbour), whole, strict=True):
         assert_close(found, expected, neighbour.tolerance)

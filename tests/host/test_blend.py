@@ -14,6 +14,7 @@ from p2p.sampling.maps import MapsHandle
 from p2p.sampling.sampler import sample_pairs
 from p2p.tests.host.runs import (
     EDITED,
+    EULER,
     HOST_WARNINGS,
     PART,
     SAMPLERS,
@@ -155,11 +156,11 @@ def test_a_run_agrees_with_a_naive_blend_on_materialised_maps(studio, size):
 
 def test_the_run_is_edited_within_the_region_and_only_there(studio, edit):
     handle = MapsHandle(wanted=True)
-    arguments = (empty(2, 16, 16), 5, 4, 4.0, "euler", "normal", 1.0)
+    settings = {"latent": empty(2, 16, 16), "seed": 5, "steps": 4, "cfg": 4.0, **EULER}
     sources, targets, _ = (
         latent["samples"]
         for latent in sample_pairs(
-            studio.model, edit, PART, studio.negative, *arguments, SOMEWHERE, None, handle
+            studio.model, edit, PART, negative=studio.negative, **settings, blend=SOMEWHERE, maps=handle
         )
     )
     mask = handle.maps_of(sources).blend
@@ -238,7 +239,7 @@ def test_a_conditioning_that_covers_a_part_of_the_picture_cannot_say_where_words
     model, positive = AttentionController.execute(studio.model, edit, PART, SOMEWHERE).args[:2]
     positive = [[cond, {**options, "area": (4, 4, 0, 0)}] for cond, options in positive]
     paired = PairedLatent.execute(empty(), edit).args[0]
-    with pytest.raises(ValueError, match="Local Blend found no attention maps of the whole picture"):
+    with pytest.raises(ValueError, match="Local Blend found no attention maps of the whole image"):
         STOCK["KSampler"](model, positive, studio.negative, paired, Settings())
 
 
@@ -286,11 +287,13 @@ def test_pictures_equal_the_source_outside_the_region_as_far_as_the_decoder_lets
     edit = start_edit(clip, prompt.format(old), prompt.format(new), "auto")
     handle = MapsHandle(wanted=True)
     negative = clip.encode_from_tokens_scheduled(clip.tokenize(""))
-    arguments = (empty(1, 16, 16), seed, 10, 4.0, "euler", "normal", 1.0)
+    settings = {"latent": empty(1, 16, 16), "seed": seed, "steps": 10, "cfg": 4.0, **EULER}
     blend = read_blend(new, old, "", 0.7, 0.2)
     source, target, _ = (
         latent["samples"]
-        for latent in sample_pairs(model, edit, TauSchedule(), negative, *arguments, blend, None, handle)
+        for latent in sample_pairs(
+            model, edit, TauSchedule(), negative=negative, **settings, blend=blend, maps=handle
+        )
     )
     mask = handle.maps_of(source).blend[0, 0]
     assert 0.02 < mask.mean() < 0.98

@@ -8,7 +8,7 @@ import torch
 from comfy import context_windows
 from p2p.attention.schedule import TauSchedule, Window
 from p2p.nodes import AttentionController
-from p2p.sampling.injection import grid_fraction
+from p2p.sampling.attentions import grid_fraction
 from p2p.tests.host.beside import Neighbour as Node
 from p2p.tests.host.beside import paired, refused, stock, works
 from p2p.tests.host.beside.models import ImagePrompt, with_patches

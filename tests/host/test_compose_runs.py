@@ -7,8 +7,7 @@ import comfy_extras.nodes_post_processing
 import pytest
 import torch
 from p2p.nodes import AttentionController
-from p2p.sampling.layout import lay_out
-from p2p.sampling.pairing import seeing_images_of
+from p2p.sampling.conditioning import lay_out, seeing_images_of
 from p2p.tests.host.beside import (
     NEIGHBOURS,
     graphs,

@@ -11,7 +11,7 @@ import torch
 from comfy.ldm.flux.model import FluxParams
 from comfy_extras.nodes_ip2p import InstructPixToPixConditioning
 from p2p.nodes import AttentionController
-from p2p.sampling.controller import cross_attention_blocks
+from p2p.sampling.network import layers_of, of_kind
 from p2p.tests.conftest import ROOT
 from p2p.tests.host.checkpoints import COMMON, FAMILIES, SDXL_VARIANT, load
 from p2p.tests.host.runs import EMPTY, FULL, Settings, Studio, assert_close, difference, ksampler
@@ -54,7 +54,8 @@ def test_the_host_takes_the_checkpoint_for_its_family(family):
 def test_every_cross_attention_of_the_model_is_found(family):
     network = family[1].model.get_model_object("diffusion_model")
     layers = [name for name, _ in network.named_modules() if name.endswith(".attn2")]
-    assert len(cross_attention_blocks(network)) == len(layers) > 0
+    found = layers_of(network)
+    assert len(of_kind(found, "cross")) == len(of_kind(found, "self")) == len(layers) > 0
 
 
 def test_law_2_with_tau_empty_all_branches_are_plain_runs(family, empty_tau):

@@ -9,9 +9,10 @@ import pytest
 import torch
 from p2p.attention.edit import Edit
 from p2p.nodes import AttentionController, FeatureInjection
-from p2p.sampling.controller import cross_attention_blocks
-from p2p.sampling.features import feature_layers, plug_and_play
+from p2p.sampling.controller import plug_and_play
 from p2p.sampling.invert import invert
+from p2p.sampling.network import layers_of
+from p2p.sampling.plug_and_play import feature_layers
 from p2p.tests.host.checkpoints import FAMILIES, load, network_of
 from p2p.tests.host.runs import (
     EDITED,
@@ -121,13 +122,14 @@ PUBLISHED = {"SD1.5": 4, "SD2.0": 4, "SDXL": 1, "SDXL refiner": 4, "SSD-1B": 1, 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_layers_are_the_published_ones_and_those_of_their_resolution(name):
     """Block 4 of SD1.x is the second of its level, which has a quarter of the latent's sides."""
-    blocks = cross_attention_blocks(network_of(name))
-    number, injected = feature_layers(blocks)
+    layers = layers_of(network_of(name))
+    number, injected = feature_layers(layers)
     assert number == PUBLISHED[name]
-    assert list(injected) == [block for block in blocks if block[0] == "output" and block[1] >= number]
-    assert {blocks[block] for block in injected if block[1] == number} == {4}
+    decoder = [layer for layer in layers if layer.kind == "self" and layer.block[0] == "output"]
+    assert list(injected) == [layer for layer in decoder if layer.block[1] >= number]
+    assert {layer.scale for layer in injected if layer.block[1] == number} == {4}
     if name == "SD1.5":
-        assert [block[1] for block in injected] == [4, 5, 6, 7, 8, 9, 10, 11]
+        assert [layer.block[1] for layer in injected] == [4, 5, 6, 7, 8, 9, 10, 11]
 
 
 @pytest.mark.parametrize("name", ["SD1.5", "SDXL"])

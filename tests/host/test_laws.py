@@ -754,7 +754,7 @@ def test_law_8_the_state_of_a_run_is_dropped_whoever_keeps_the_options(studio, e
         if ends == "interrupted":
             raise Stop
 
-    sample.class_obj = SimpleNamespace(model_options=options, conds={})
+    sample.class_obj = SimpleNamespace(model_options=options, conds={}, model_patcher=controlled)
     with suppress(Stop):
         outer_sample(sample, torch.zeros(2, 4, 8, 8), torch.zeros(2, 4, 8, 8), None, torch.tensor([1.0, 0.0]))
     assert seen == [2]
@@ -765,3 +765,19 @@ def test_law_8_a_plain_run_between_paired_runs_is_as_before(studio):
     plain = studio.plain(SOURCE, Settings(), empty())
     studio.paired(studio.edit(), FULL)
     assert torch.equal(studio.plain(SOURCE, Settings(), empty()), plain)
+
+
+def test_nothing_needs_operations_that_apples_gpus_lack(studio, monkeypatch):
+    """`index_copy` came to MPS late, and is slow there."""
+
+    def missing(*args, **kwargs):
+        raise NotImplementedError("index_copy on MPS")
+
+    expected = studio.paired(studio.edit(SOURCE, TARGET, "a cat"), PART)
+    for owner in (torch, torch.Tensor):
+        for name in ("index_copy", "index_copy_"):
+            if hasattr(owner, name):
+                monkeypatch.setattr(owner, name, missing)
+    monkeypatch.setattr("p2p.sampling.hooks.fitting_groups", lambda *_: ((0,), (1,)))
+    for found, other in zip(studio.paired(studio.edit(SOURCE, TARGET, "a cat"), PART), expected, strict=True):
+        assert_close(found, other)

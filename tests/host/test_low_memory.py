@@ -9,13 +9,28 @@ import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_base import BaseModel
 from p2p.attention.blend import read_blend
-from p2p.nodes import AttentionController, PairedLatent
-from p2p.sampling.low_memory import fitting_groups
+from p2p.nodes import AttentionController, PairedLatent, PairedSampler
+from p2p.sampling.controller import control
+from p2p.sampling.forward import fitting_groups
 from p2p.sampling.maps import MapsHandle
+from p2p.sampling.reuse import CACHE
 from p2p.sampling.run import Run
 from p2p.sampling.sampler import sample_pairs
 from p2p.tests.host.beside.models import ImagePrompt
-from p2p.tests.host.runs import PART, WAYS, Settings, assert_close, difference, empty, ksampler, picture
+from p2p.tests.host.runs import (
+    EULER,
+    PART,
+    STOCK,
+    WAYS,
+    Settings,
+    assert_close,
+    difference,
+    empty,
+    in_graph,
+    ksampler,
+    paired_sampler,
+    picture,
+)
 
 TARGETS = ("a dog riding a bicycle", "a cat riding a car", "a red cat riding a boat at night")
 
@@ -123,7 +138,7 @@ def test_free_memory_is_what_the_host_asks_for(studio, calls, monkeypatch, sourc
     else:
         monkeypatch.setattr("comfy.model_management.get_free_memory", lambda *_: 0)
         monkeypatch.setattr(type(studio.model), "get_free_memory", lambda self, device: free(), raising=False)
-    run = Run([1.0, 0.0], (4, 4, 8, 8), 4)
+    run = Run([1.0, 0.0], (4, 4, 8, 8), 4, ())
     studio.model.model.current_patcher = studio.model
     assert fitting_groups(studio.model.model, torch.zeros(4, 4, 8, 8), run) == ((0, 1), (2,))
 
@@ -190,8 +205,10 @@ def test_maps_and_local_blend_of_a_run_in_parts_are_those_of_the_whole(studio, s
 
     def sample():
         maps = MapsHandle(wanted=True)
-        arguments = (empty(2), 5, 4, 4.0, "euler", "normal", 1.0)
-        latents = sample_pairs(studio.model, edit, PART, studio.negative, *arguments, blend, None, maps)
+        settings = {"latent": empty(2), "seed": 5, "steps": 4, "cfg": 4.0, **EULER}
+        latents = sample_pairs(
+            studio.model, edit, PART, negative=studio.negative, **settings, blend=blend, maps=maps
+        )
         return [latent["samples"] for latent in latents], maps.maps_of(latents[0]["samples"])
 
     (whole, whole_maps) = sample()
@@ -199,8 +216,76 @@ def test_maps_and_local_blend_of_a_run_in_parts_are_those_of_the_whole(studio, s
     (parts, parts_maps) = sample()
     for found, expected in zip(parts, whole, strict=True):
         assert_close(found, expected)
-    for factor, expected in whole_maps.by_factor.items():
-        assert_close(parts_maps.by_factor[factor], expected)
+    for factor, expected in whole_maps.by_scale.items():
+        assert_close(torch.stack(parts_maps.by_scale[factor]), torch.stack(expected))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("when", [0, 3])
+def test_law_10_memory_that_runs_out_inside_a_forward_leaves_the_same_images_maps_and_blend(
+    studio, monkeypatch, way, when
+):
+    """At the network's last layer, when all others have been computed and read; in forward number `when`."""
+    edit = studio.edit("a cat riding a bicycle", *TARGETS)
+    blend = read_blend("dog, car, boat", "bicycle", "", 0.5, 0.2)
+
+    def sample():
+        if way == "P2PSampler":
+            optional = {"blend": blend, "node": in_graph(PairedSampler, "1")}
+            maps = MapsHandle(wanted=True)
+            monkeypatch.setattr("p2p.nodes.sample.MapsHandle", lambda wanted: maps)
+            source, targets, *_ = paired_sampler(
+                studio.model, edit, PART, studio.negative, empty(2), Settings(), **optional
+            )
+            return [source["samples"], targets["samples"]], maps.maps_of(source["samples"])
+        maps = MapsHandle(wanted=True)
+        controlled, positive = control(studio.model, edit, PART, blend=blend, maps=maps)
+        rows = STOCK[way](controlled, positive, studio.negative, studio.rows(edit, empty(2)), Settings())
+        return studio.split(edit, rows), maps.maps_of(rows)
+
+    whole, whole_maps = sample()
+    seen = []
+
+    def run_out(module, given):
+        seen.append(given[0].shape[0])
+        if len(seen) == when + 1:
+            raise comfy.model_management.OOM_EXCEPTION("out of memory")
+
+    handle = studio.model.model.diffusion_model.out.register_forward_pre_hook(run_out)
+    try:
+        parts, parts_maps = sample()
+    finally:
+        handle.remove()
+    assert len(set(seen)) > 1, "no forward was split"
+    for found, expected in zip(parts, whole, strict=True):
+        assert_close(found, expected, 1e-4)
+    for scale, expected in whole_maps.by_scale.items():
+        assert_close(torch.stack(parts_maps.by_scale[scale]), torch.stack(expected), 1e-4)
+    assert_close(parts_maps.blend, whole_maps.blend)
+
+
+def test_law_10_what_is_kept_of_the_sources_is_right_after_memory_ran_out(studio):
+    """A forward that failed half-way keeps nothing; the next edit of the source is that of a fresh run."""
+    edit = studio.edit("a cat riding a bicycle", *TARGETS)
+    further = studio.edit("a cat riding a bicycle", "a cat riding a red car")
+    negative, failed = studio.negative, []
+    expected = paired_sampler(studio.model, further, PART, negative, empty(), Settings())
+
+    def run_out(module, given):
+        if not failed:
+            failed.append(True)
+            raise comfy.model_management.OOM_EXCEPTION("out of memory")
+
+    handle = studio.model.model.diffusion_model.out.register_forward_pre_hook(run_out)
+    try:
+        paired_sampler(studio.model, edit, PART, negative, empty(), Settings(), reuse_gb=1.0)
+    finally:
+        handle.remove()
+    found = paired_sampler(studio.model, further, PART, negative, empty(), Settings(), reuse_gb=1.0)
+    CACHE.clear()
+    assert failed
+    for one, other in zip(found[:2], expected[:2], strict=True):
+        assert_close(one["samples"], other["samples"], 1e-4)
 
 
 def test_a_controlnets_residuals_are_split_with_the_rows(studio, out_of_memory):

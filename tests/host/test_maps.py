@@ -9,6 +9,7 @@ import comfy.ldm.modules.attention as host_attention
 import p2p.sampling.maps as sampling_maps
 import pytest
 import torch
+from p2p.attention.word_maps import nearest
 from p2p.nodes import AttentionController, PairedLatent, PairedSampler
 from p2p.nodes.maps import AttentionMaps
 from p2p.sampling.maps import MapsHandle
@@ -104,9 +105,19 @@ def test_maps_of_a_run_are_the_materialised_edited_ones(studio, way):
         labels, phrases = maps.phrases(branch, words)
         assert labels == [words]
         expected = word_maps(edit, PART, witness, sigmas, branch, phrases[0], pairs=2)
-        for factor in maps.by_factor:
+        for factor in maps.by_scale:
             found = maps.of(branch, phrases, factor, 0.0, 1.0)[:, 0]
             torch.testing.assert_close(found, expected[tuple(found.shape[-2:])], rtol=1e-4, atol=1e-5)
+
+
+KEPT = []
+"""Models that the host's cache of outputs would keep."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_models_left():
+    yield
+    KEPT.clear()
 
 
 def run(studio, edit, tau, way, latent, settings, model=None, wanted=True):
@@ -116,9 +127,11 @@ def run(studio, edit, tau, way, latent, settings, model=None, wanted=True):
         output = paired_sampler(model, edit, tau, studio.negative, latent, settings)
         assert output[2].wanted is False
         output[2].wanted = wanted
+        KEPT.append(model)
         return output[0]["samples"], output[2]
     controlled, positive, handle = AttentionController.execute(model, edit, tau).args
     handle.wanted = wanted
+    KEPT.append(controlled)
     rows = STOCK[way](
         controlled, positive, studio.negative, PairedLatent.execute(latent, edit).args[0], settings
     )
@@ -140,8 +153,8 @@ def test_maps_that_are_asked_for_after_a_run_without_them_are_those_of_that_run(
     before, handle = run(studio, edit, PART, way, empty(), Settings(), wanted=False)
     first = handle.maps_of(before)
     expected_samples, wanted = run(studio, edit, PART, way, empty(), Settings(), wanted=True)
-    for factor, maps in wanted.maps_of(expected_samples).by_factor.items():
-        assert_close(first.by_factor[factor], maps)
+    for factor, maps in wanted.maps_of(expected_samples).by_scale.items():
+        assert_close(torch.stack(first.by_scale[factor]), torch.stack(maps))
 
 
 def test_nobody_asks_nothing_is_read(studio, monkeypatch):
@@ -197,11 +210,21 @@ def test_a_controlled_model_goes_with_its_last_user(studio, wanted):
         ksampler(controlled, positive, studio.negative, rows, Settings())
         alive = weakref.ref(controlled)
         del controlled, positive
-        assert alive() is not None  # the maps output can still be asked
-        del handle
-        assert alive() is None
+        assert alive() is None  # the maps output keeps no model
+        if wanted:
+            assert handle.maps_of(empty()["samples"] + 1).progress == (0.0, 0.25, 0.5, 0.75)
+        else:
+            with pytest.raises(ValueError, match="its model is no longer in memory"):
+                handle.maps_of(empty()["samples"] + 1)
     finally:
         gc.enable()
+
+
+def test_the_output_tells_the_hosts_cache_what_it_holds(studio):
+    rows, handle = run(studio, studio.edit(SOURCE, *TARGETS), PART, "KSampler", empty(), Settings())
+    maps = handle.maps_of(rows)
+    held = [x for steps in maps.by_scale.values() for x in steps]
+    assert handle.get_ram_usage() == rows.nbytes + sum(x.nbytes for x in held) > 0
 
 
 def test_no_run_yet_is_an_error_that_says_what_to_connect():
@@ -289,4 +312,4 @@ class TestNode:
     [([1, 2], 2), ([1, 2, 4, 8], 4), ([2, 4], 4), ([8, 16], 8), ([1], 1), ([2, 8], 2)],
 )
 def test_the_layers_nearest_a_quarter_of_the_latents_sides_are_read(factors, expected):
-    assert sampling_maps.nearest(factors) == expected
+    assert nearest(factors) == expected

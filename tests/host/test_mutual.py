@@ -9,8 +9,9 @@ import pytest
 import torch
 from p2p.attention.schedule import TauSchedule, Window
 from p2p.nodes import TauScheduler
-from p2p.sampling.controller import control, cross_attention_blocks
+from p2p.sampling.controller import control
 from p2p.sampling.invert import invert
+from p2p.sampling.network import layers_of, of_kind
 from p2p.sampling.sampler import sample_pairs
 from p2p.tests.host.checkpoints import FAMILIES, load, network_of
 from p2p.tests.host.runs import (
@@ -86,14 +87,15 @@ def sigmas_of(model):
     return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", STEPS)
 
 
-def layers_of(model):
+def blocks_of(network):
     """Transformer blocks in the order in which the network runs them."""
-    return list(cross_attention_blocks(model.get_model_object("diffusion_model")))
+    return [layer.block for layer in of_kind(layers_of(network), "self")]
 
 
 @pytest.mark.parametrize("tau", SCHEDULES.values(), ids=SCHEDULES.keys())
 def test_a_run_equals_stored_keys_and_values(studio, tau):
-    layers, settings = layers_of(studio.model), Settings(steps=STEPS)
+    layers = blocks_of(studio.model.get_model_object("diffusion_model"))
+    settings = Settings(steps=STEPS)
     assert len(layers) == 7
     first = {0.63: 4, 0.0: 0, 0.9: 6}[tau.mutual_layer]
     stored = Stored(studio.model, layers, first, sigmas_of(studio.model), tau)
@@ -109,7 +111,7 @@ def test_a_run_equals_stored_keys_and_values(studio, tau):
 
 def test_layer_10_of_sd15_and_its_counterpart_in_sdxl_are_the_first_by_default():
     for name, first, layers in (("SD1.5", 10, 16), ("SDXL", 44, 70)):
-        blocks = list(cross_attention_blocks(network_of(name)))
+        blocks = blocks_of(network_of(name))
         assert len(blocks) == layers and round(MUTUAL.mutual_layer * layers) == first
         assert {block[0] for block in blocks[first:]} == {"output"}
         if name == "SD1.5":
@@ -119,7 +121,8 @@ def test_layer_10_of_sd15_and_its_counterpart_in_sdxl_are_the_first_by_default()
 @pytest.mark.parametrize("name", ["SD1.5", "SDXL"])
 def test_on_real_layouts_a_run_equals_stored_keys_and_values(name, tmp_path):
     studio = Studio(*load(tmp_path / "model.ckpt", FAMILIES[name]))
-    layers, settings = layers_of(studio.model), Settings(steps=STEPS, advanced={"last_step": 2})
+    layers = blocks_of(studio.model.get_model_object("diffusion_model"))
+    settings = Settings(steps=STEPS, advanced={"last_step": 2})
     first = {"SD1.5": 10, "SDXL": 44}[name]
     tau = replace(MUTUAL, self_=Window(0, 1))
     stored = Stored(studio.model, layers, first, sigmas_of(studio.model), tau)
@@ -161,19 +164,19 @@ def test_targets_with_modes_of_their_own_are_as_alone(studio):
 
 def test_from_a_trajectory_the_target_looks_at_the_picture(studio):
     trajectory, _ = invert(studio.model, studio.encode(SOURCE), picture(), STEPS, "normal")
-    settings = ("euler", "normal", 1.0)
     source, target = (
         latent["samples"]
         for latent in sample_pairs(
             studio.model,
             studio.edit(),
             WHOLE,
-            studio.negative,
-            picture(),
-            0,
-            STEPS,
-            4.0,
-            *settings,
+            negative=studio.negative,
+            latent=picture(),
+            seed=0,
+            steps=STEPS,
+            cfg=4.0,
+            sampler_name="euler",
+            scheduler="normal",
             trajectory=trajectory,
         )[:2]
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import weakref
+from functools import partial
 
 import comfy.controlnet
 import comfy.model_management
@@ -15,8 +16,9 @@ from comfy.patcher_extension import PatcherInjection
 from p2p.attention.blend import read_blend
 from p2p.attention.schedule import TauSchedule, Window
 from p2p.demo.loader import load_demo_model
-from p2p.nodes import AttentionController, PairedLatent
+from p2p.nodes import AttentionController, PairedLatent, PairedSampler
 from p2p.sampling import reuse as source_reuse
+from p2p.sampling.invert import invert
 from p2p.sampling.reuse import CACHE, GIGABYTE
 from p2p.tests.host.beside.models import ImagePrompt
 from p2p.tests.host.runs import (
@@ -29,6 +31,7 @@ from p2p.tests.host.runs import (
     assert_close,
     difference,
     empty,
+    in_graph,
     paired_sampler,
     picture,
 )
@@ -59,13 +62,17 @@ def rows(monkeypatch):
 
 
 def sample(studio, edit, tau=PART, settings=None, latent=None, way="P2PSampler", reuse=1.0, **given):
-    """A paired run: (sources, targets). reuse: GB."""
+    """A paired run: (sources, targets). reuse: GB; with 0 as by another node of the graph, which keeps nothing."""
     s, latent = settings or Settings(), latent or empty()
+    place = ("1", "2") if reuse else ("2", "1")
+    sampler, controller = (in_graph(node, *place) for node in (PairedSampler, AttentionController))
     model, negative = given.pop("model", studio.model), given.pop("negative", studio.negative)
     if way == "P2PSampler":
-        output = paired_sampler(model, edit, tau, negative, latent, s, reuse_gb=reuse, **given)
+        output = paired_sampler(
+            model, edit, tau, negative, latent, s, sampler, reuse_gb=reuse, **given
+        )
         return output[0]["samples"], output[1]["samples"]
-    controlled, positive = AttentionController.execute(model, edit, tau, reuse_gb=reuse, **given).args[:2]
+    controlled, positive = controller.execute(model, edit, tau, reuse_gb=reuse, **given).args[:2]
     paired = PairedLatent.execute(latent, edit).args[0]
     return studio.split(edit, STOCK[way](controlled, positive, negative, paired, s))
 
@@ -261,6 +268,36 @@ def test_memory_stays_within_its_limit_and_the_older_run_goes_first(studio, rows
         assert share < 1 or rows[:4] == [2, 2, 2, 2]
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_lower_limit_gives_up_at_once_what_is_beyond_it(studio, way):
+    edit = studio.edit(SOURCE, FIRST)
+
+    def run(limit, seed=5):
+        """By one node alone, whose limit was changed."""
+        latent, s = empty(), Settings(seed=seed)
+        if way == "P2PSampler":
+            paired_sampler(studio.model, edit, FULL, studio.negative, latent, s, reuse_gb=limit)
+            return
+        controlled, positive = AttentionController.execute(studio.model, edit, FULL, reuse_gb=limit).args[:2]
+        STOCK[way](controlled, positive, studio.negative, studio.rows(edit, latent), s)
+
+    for seed in (1, 2, 3):
+        run(1.0, seed)
+    whole = CACHE.nbytes
+    assert len(CACHE.runs) == 3
+    run(whole / 2 / GIGABYTE, 3)
+    assert CACHE.nbytes <= whole / 2 and len(CACHE.runs) == 1
+    run(0.0, 3)
+    assert CACHE.nbytes == 0 and CACHE.runs == []
+
+
+def test_a_node_that_is_gone_from_the_graph_keeps_no_limit(studio):
+    edit, s = studio.edit(SOURCE, FIRST), Settings()
+    for node, limit in ((in_graph(PairedSampler, "1"), 1.0), (in_graph(PairedSampler, "2"), 0.0)):
+        paired_sampler(studio.model, edit, FULL, studio.negative, empty(), s, node, reuse_gb=limit)
+    assert CACHE.nbytes == 0
+
+
 def test_nothing_is_kept_unless_it_was_asked_for(studio):
     sample(studio, studio.edit(SOURCE, FIRST), reuse=0.0)
     assert CACHE.runs == []
@@ -316,7 +353,7 @@ def test_what_can_be_compared_only_while_it_lives_is_another_once_it_is_gone():
         def patch(self):
             pass
 
-    run = source_reuse.Run([1.0, 0.0], (2, 4, 8, 8), 2)
+    run = source_reuse.Run([1.0, 0.0], (2, 4, 8, 8), 2, ())
     one = Options()
     for value in (one, one.patch, Options.patch, torch.float16, "text", 3, None, [one, {"a": 1.0}]):
         assert source_reuse.same(source_reuse.frozen(value, run), source_reuse.frozen(value, run))
@@ -412,19 +449,25 @@ def test_several_gpus_keep_nothing_and_say_so(studio, rows, caplog):
 
 
 @pytest.mark.parametrize("reuse", [0.0, 1.0])
-def test_each_forward_reads_its_sigma_once(studio, rows, monkeypatch, reuse):
+@pytest.mark.parametrize("acting", ["nothing", "a mask", "words", "a trajectory"])
+def test_each_prediction_reads_its_sigma_once(studio, rows, monkeypatch, reuse, acting):
     """A read waits for the GPU."""
+    given = {"nothing": {}, "a mask": {"blend": read_blend("", "", "", 0.3, 0.2, 0.0, torch.eye(8)[None])}}
+    given["words"] = {"blend": read_blend("a", "", "", 0.5, 0.2)}
+    if acting == "a trajectory":
+        given[acting] = {"trajectory": invert(studio.model, studio.encode(SOURCE), picture(), 4, "normal")[0]}
+    run = partial(sample, studio, reuse=reuse, latent=picture(), **given[acting])
     reads, read = [], torch.Tensor.__float__
 
     def counting(self):
         reads.append(sys._getframe(1).f_globals["__name__"])
         return read(self)
 
-    sample(studio, studio.edit(SOURCE, FIRST), reuse=reuse)
+    run(studio.edit(SOURCE, FIRST))
     rows.clear()
     monkeypatch.setattr(torch.Tensor, "__float__", counting)
-    sample(studio, studio.edit(SOURCE, SECOND), reuse=reuse)
-    assert len([name for name in reads if name.startswith("p2p.sampling")]) == len(rows)
+    run(studio.edit(SOURCE, SECOND))
+    assert len([name for name in reads if name.startswith("p2p.sampling")]) == len(rows) == 4
 
 
 def test_memory_that_cannot_be_pinned_is_ordinary_memory(monkeypatch):
@@ -447,7 +490,7 @@ def test_pinned_memory_counts_as_the_blocks_that_pytorch_takes(monkeypatch, pinn
         def is_pinned(self):
             return False
 
-    monkeypatch.setattr(source_reuse.host_args, "disable_pinned_memory", not pinned, raising=False)
+    monkeypatch.setattr("comfy.cli_args.args.disable_pinned_memory", not pinned, raising=False)
     assert source_reuse.host_bytes(OnGpu()) == expected
 
 

@@ -120,11 +120,11 @@ def expected_cross(edit, tau, progress, q, own, offset, pairs):
 def injected(edit, tau, step, steps, q, k, v, offset, pairs, length, copies=1):
     """What the pack computes, from a plan made in fp64 for conditionings of `length` tokens."""
     rows = paired_rows(q.shape[0], range(len(edit.targets)), [offset], pairs * edit.branches, q.device)
-    plan = make_plan(edit, tau, steps, length, q.device, q.dtype)
-    cross = plan.cross[step]
+    cross = make_plan(edit, tau, steps, length).cross[step]
     if cross is None:
         return attend(q, k, v)
-    return cross_attention(attend, attend, q, k, v, rows, cross.by_row(rows.branch), copies)
+    step = cross.to(q.device, q.dtype).by_row(rows.branch)
+    return cross_attention(attend, attend, q, k, v, rows=rows, step=step, copies=copies)
 
 
 def check(edit, tau, step=0, steps=10, pairs=1, uncond=0, copies=1, seed=0):
@@ -282,7 +282,7 @@ def test_self_attention_equals_the_materialised_formula(weight, pairs, branches,
     batch = uncond + pairs * branches
     q, k, v = tensors(batch, PIXELS, seed=5)
     rows = paired_rows(batch, range(branches - 1), [uncond], pairs * branches, q.device)
-    found = self_attention(attend, attend, q, k, v, evenly(rows, weight))
+    found = self_attention(attend, attend, q, k, v, step=evenly(rows, weight))
     for row in range(batch):
         branch = (row - uncond) % branches if row >= uncond else 0
         expected = naive.self_row(
@@ -295,7 +295,7 @@ def test_each_target_takes_as_much_of_the_sources_self_attention_as_its_own_sche
     q, k, v = tensors(8, PIXELS, seed=5)
     weights = (1.0, 0.0, 0.3)
     rows = paired_rows(8, range(3), [0], 8, q.device, taking=[0, 2])
-    found = self_attention(attend, attend, q, k, v, self_step(rows, weights, torch.float64))
+    found = self_attention(attend, attend, q, k, v, step=self_step(rows, weights, torch.float64))
     for row in range(8):
         branch = row % 4
         weight = weights[branch - 1] if branch else 0.0
@@ -307,7 +307,7 @@ def test_targets_on_hard_schedules_of_their_own_need_no_second_call():
     q, k, v = tensors(4, PIXELS)
     previous, own = Calls(), Calls()
     rows = paired_rows(4, range(3), [0], 4, q.device, taking=[0, 2])
-    self_attention(previous, own, q, k, v, self_step(rows, (1.0, 0.0, 1.0), torch.float64))
+    self_attention(previous, own, q, k, v, step=self_step(rows, (1.0, 0.0, 1.0), torch.float64))
     assert (previous.batches, own.batches) == ([4], [])
 
 
@@ -315,9 +315,9 @@ def test_mistake_of_copying_self_attentions_output_the_targets_own_values_are_we
     """Copying the output would give the target the source's appearance; the map alone gives its layout."""
     q, k, v = tensors(2, PIXELS)
     step = evenly(paired_rows(2, range(1), [0], 2, q.device), 1.0)
-    found = self_attention(attend, attend, q, k, v, step)
+    found = self_attention(attend, attend, q, k, v, step=step)
     assert not torch.allclose(found[1], found[0], atol=1e-3)
-    scaled = self_attention(attend, attend, q, k, torch.stack([v[0], 3 * v[1]]), step)
+    scaled = self_attention(attend, attend, q, k, torch.stack([v[0], 3 * v[1]]), step=step)
     torch.testing.assert_close(scaled[1], 3 * found[1], **EXACT)
     torch.testing.assert_close(scaled[0], found[0], **EXACT)
 
@@ -344,11 +344,11 @@ def test_rows_that_a_node_split_into_tiles_pair_tile_by_tile(parts):
     rows = paired_rows(5, range(1), [1], 4, q.device)
     tiles = [rearrange(x, "b (p n) c -> (b p) n c", p=parts) for x in (q, k, v)]
     found = rearrange(
-        self_attention(attend, attend, *tiles, evenly(rows, 0.6)), "(b p) n c -> b p n c", p=parts
+        self_attention(attend, attend, *tiles, step=evenly(rows, 0.6)), "(b p) n c -> b p n c", p=parts
     )
     for part in range(parts):
         each = [rearrange(x, "b (p n) c -> b p n c", p=parts)[:, part] for x in (q, k, v)]
-        expected = self_attention(attend, attend, *each, evenly(rows, 0.6))
+        expected = self_attention(attend, attend, *each, step=evenly(rows, 0.6))
         torch.testing.assert_close(found[:, part], expected, **EXACT)
 
 
@@ -359,27 +359,28 @@ def example(dtype=torch.float64, fade=0.5, gain=-0.5):
     edit = make_edit("a cat on a mat", "a big dog on a mat", gains=[("big", gain)])
     q, k, v = tensors(4, WINDOW, dtype=dtype)
     rows = paired_rows(4, range(1), [2], 2, q.device)
-    step = make_plan(edit, TauSchedule(cross=Window(0, 0.5), fade=fade), 1, WINDOW, q.device, dtype).cross[0]
-    return q, k, v, rows, step.by_row(rows.branch)
+    step = make_plan(edit, TauSchedule(cross=Window(0, 0.5), fade=fade), 1, WINDOW).cross[0]
+    return q, k, v, rows, step.to(q.device, dtype).by_row(rows.branch)
 
 
 @pytest.mark.parametrize("fade", [0.0, 1.0])
 def test_what_sat_in_the_slot_before_is_called_once_with_the_whole_batch(fade):
     q, k, v, rows, step = example(fade=fade)
     previous, own = Calls(), Calls()
-    cross_attention(previous, own, q, k, v, rows, step)
+    cross_attention(previous, own, q, k, v, rows=rows, step=step)
     assert previous.batches == [4] and set(own.batches) <= {1}
     previous, own = Calls(), Calls()
-    self_attention(previous, own, q, k, v, evenly(rows, 1.0 - fade / 2))
+    self_attention(previous, own, q, k, v, step=evenly(rows, 1.0 - fade / 2))
     assert previous.batches == [4] and set(own.batches) <= {1}
 
 
 def test_one_attention_call_is_enough_where_the_target_keeps_nothing_of_its_own():
     edit = make_edit("a cat", "a dog")
-    step = make_plan(edit, FULL, 1, WINDOW, torch.device("cpu"), torch.float64).cross[0]
+    step = make_plan(edit, FULL, 1, WINDOW).cross[0]
     previous, own = Calls(), Calls()
     q, k, v = tensors(2, WINDOW)
-    cross_attention(previous, own, q, k, v, paired_rows(2, range(1), [0], 2, q.device), step)
+    rows = paired_rows(2, range(1), [0], 2, q.device)
+    cross_attention(previous, own, q, k, v, rows=rows, step=step)
     assert (previous.batches, own.batches) == ([2], [])
 
 
@@ -387,8 +388,8 @@ def test_one_attention_call_is_enough_where_the_target_keeps_nothing_of_its_own(
 def test_the_tensors_that_the_host_passes_are_not_modified(fade):
     q, k, v, rows, step = example(fade=fade)
     before = [x.clone() for x in (q, k, v)]
-    cross_attention(attend, attend, q, k, v, rows, step)
-    self_attention(attend, attend, q, k, v, evenly(rows, 0.5))
+    cross_attention(attend, attend, q, k, v, rows=rows, step=step)
+    self_attention(attend, attend, q, k, v, step=evenly(rows, 0.5))
     assert all(torch.equal(a, b) for a, b in zip(before, (q, k, v), strict=True))
 
 
@@ -399,15 +400,15 @@ def test_the_tensors_that_the_host_passes_are_not_modified(fade):
 def test_half_precision_stays_in_its_dtype_and_close(dtype, tolerance, fade):
     q, k, v, rows, step = example(dtype, fade)
     exact = [x.double() for x in (q, k, v)]
-    found = cross_attention(attend, attend, q, k, v, rows, step)
+    found = cross_attention(attend, attend, q, k, v, rows=rows, step=step)
     assert found.dtype == dtype
-    wanted = cross_attention(attend, attend, *exact, rows, example(fade=fade)[4])
+    wanted = cross_attention(attend, attend, *exact, rows=rows, step=example(fade=fade)[4])
     torch.testing.assert_close(found.double(), wanted, rtol=tolerance, atol=tolerance)
-    found = self_attention(attend, attend, q, k, v, evenly(rows, 0.5))
+    found = self_attention(attend, attend, q, k, v, step=evenly(rows, 0.5))
     assert found.dtype == dtype
     torch.testing.assert_close(
         found.double(),
-        self_attention(attend, attend, *exact, evenly(rows, 0.5)),
+        self_attention(attend, attend, *exact, step=evenly(rows, 0.5)),
         rtol=tolerance,
         atol=tolerance,
     )
@@ -425,22 +426,20 @@ def test_re_weighting_alone_needs_no_source_map_where_every_word_is_new(scale):
 
 def test_a_step_outside_every_window_leaves_attention_alone():
     edit = make_edit("a cat", "a dog", gains=[("dog", -2.0)])
-    plan = make_plan(
-        edit, TauSchedule(Window(0.2, 0.5), Window(0.1, 0.3)), 10, WINDOW, torch.device("cpu"), torch.float32
-    )
+    plan = make_plan(edit, TauSchedule(Window(0.2, 0.5), Window(0.1, 0.3)), 10, WINDOW)
     assert [step is not None for step in plan.cross] == [False] * 2 + [True] * 3 + [False] * 5
     assert list(plan.self_) == [(weight,) for weight in (0, 1, 1, 0, 0, 0, 0, 0, 0, 0)]
 
 
 def test_a_conditioning_shorter_than_the_prompts_is_refused_with_both_numbers():
     with pytest.raises(ValueError, match="16.*32"):
-        make_plan(make_edit("a cat", LONG), FULL, 1, WINDOW, torch.device("cpu"), torch.float32)
+        make_plan(make_edit("a cat", LONG), FULL, 1, WINDOW)
 
 
-def test_the_plan_has_the_dtype_that_attention_runs_in():
-    step = make_plan(
-        make_edit("a cat", "a big cat"), FULL, 1, WINDOW, torch.device("cpu"), torch.bfloat16
-    ).cross[0]
+def test_a_step_has_the_dtype_that_attention_runs_in():
+    edit = make_edit("a cat", "a big cat", gains=[("big", 2.0)])
+    step = make_plan(edit, FULL, 1, WINDOW).cross[0].to(torch.device("cpu"), torch.bfloat16)
+    assert step.unscaled.own.dtype == step.weight.dtype == torch.bfloat16
     assert step.moved.dtype == step.own.dtype == torch.bfloat16
 
 

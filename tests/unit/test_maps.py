@@ -9,7 +9,7 @@ from p2p.attention.maps import map_rows, map_step, token_columns, token_maps
 from p2p.attention.plan import conditioning_length, make_plan
 from p2p.attention.schedule import TauSchedule, Window
 from p2p.tests import naive
-from p2p.tests.unit.test_inject import HEADS, PIXELS, make_edit, paired_keys, tensors
+from p2p.tests.unit.test_inject import HEADS, PIXELS, attend, make_edit, paired_keys, tensors
 
 FULL = TauSchedule(cross=Window(0, 1))
 FADED = TauSchedule(cross=Window(0, 0.5), fade=0.5, words=(("big", Window(0, 0.2)),))
@@ -18,11 +18,11 @@ FADED = TauSchedule(cross=Window(0, 0.5), fade=0.5, words=(("big", Window(0, 0.2
 def read(edit, tau, step, q, k, pairs, copies, offset, group=None):
     """The pack's maps of all words' tokens, for the pair's rows from `offset` on: (rows, n, W)."""
     length = conditioning_length(edit)
-    plan = make_plan(edit.without_gain(), tau, 10, length, q.device, q.dtype)
-    columns = token_columns(edit, edit.tokens, length, q.device, q.dtype)
+    cross = make_plan(edit, tau, 10, length).cross[step]
+    columns = token_columns(edit, edit.tokens, length)
     branches = [0, *(target + 1 for target in (group or range(len(edit.targets))))]
     rows = map_rows(branches, [offset], pairs * len(branches), q.device)
-    return token_maps(q, k, HEADS, rows, map_step(columns, plan.cross[step]), copies)
+    return token_maps(attend, q, k, heads=HEADS, rows=rows, step=map_step(columns, cross), copies=copies)
 
 
 def expected(edit, tau, step, q, own, row, branch):
@@ -93,7 +93,7 @@ def test_a_group_of_the_targets_is_read_under_its_own_numbers():
 def test_reading_maps_asks_for_no_more_than_the_words_are_wide():
     """The cost is a narrow attention call: the columns are as many as the tokens that are wanted."""
     edit = make_edit("a cat on a mat", "a dog on a mat")
-    columns = token_columns(edit, ((2,), (2,)), 16, torch.device("cpu"), torch.float32)
+    columns = token_columns(edit, ((2,), (2,)), 16)
     assert columns.shape == (2, 16, 1) and columns.sum() == 2.0
 
 
