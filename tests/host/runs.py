@@ -131,7 +131,8 @@ def sampler_custom_advanced(
 
 def in_graph(node: Any, unique_id: str, *others: str) -> Any:
     """A node class as the host executes it within a graph of nodes with these ids."""
-    hidden = SimpleNamespace(unique_id=unique_id, prompt={name: {"inputs": {}} for name in (unique_id, *others)})
+    prompt = {name: {"inputs": {}} for name in (unique_id, *others)}
+    hidden = SimpleNamespace(unique_id=unique_id, prompt=prompt)
     return type(node.__name__, (node,), {"hidden": hidden})
 
 

@@ -1,4 +1,4 @@
-"""Law 9: what should be injected and is not is an error. Law 12: a list of sigmas that does not descend, too."""
+"""Law 9: what should be injected and is not is an error. Law 12: so are sigmas that do not descend."""
 
 from __future__ import annotations
 
