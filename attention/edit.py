@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -95,12 +96,14 @@ class Edit:
                 f"target is {target}, but the edit has {len(self.targets)} targets; "
                 f"expected 0 (all) to {len(self.targets)}."
             )
+        branches = (target,) if target else range(1, self.branches)
+        whose = f"target {target}" if target else "the target that replaces it"
         targets = list(self.targets)
         for phrase in words_to_reweight(words):
-            for n, tokens in self.find_in_targets(phrase, target).items():
-                gain = targets[n].gain.clone()
+            for branch, tokens in self.find(phrase, branches, advice=f"name the word of {whose}").items():
+                gain = targets[branch - 1].gain.clone()
                 gain[list(tokens)] *= scale
-                targets[n] = replace(targets[n], gain=gain)
+                targets[branch - 1] = replace(targets[branch - 1], gain=gain)
         return replace(self, targets=tuple(targets))
 
     def without_gain(self) -> Edit:
@@ -108,25 +111,35 @@ class Edit:
         targets = (replace(target, gain=torch.ones_like(target.gain)) for target in self.targets)
         return replace(self, targets=tuple(targets))
 
-    def find_in_targets(
-        self, phrase: str, target: int = 0, advice: str = "name the word of the target that replaces it"
+    def find(
+        self,
+        phrase: str,
+        branches: Iterable[int],
+        *,
+        asked: str = "",
+        advice: str = "name the word of the target that replaces it",
     ) -> dict[int, tuple[int, ...]]:
-        """Token positions of a phrase by index of target, in target number `target` or (0) in any.
+        """Token positions of a word or phrase, for each of the branches whose prompt has it.
 
-        Raises WordNotFound, which lists the words, if it stands in none of them; with the advice, if it
-        stands in the source.
+        asked: the field that holds the phrase, for the message. advice: what to do if only another branch has
+        the phrase.
+
+        Raises WordNotFound, which lists the prompts' words, if none of the branches has it.
         """
-        found, error = {}, None
-        for n, candidate in enumerate(self.targets):
-            if target in (0, n + 1):
-                try:
-                    found[n] = candidate.prompt.find(phrase)
-                except WordNotFound as missing:
-                    error = error or missing
-        if not found and error is not None:
-            if self.source.prompt.contains(phrase):
-                raise WordNotFound(f"{error} The source has it; {advice}.")
-            raise error
+        found: dict[int, tuple[int, ...]] = {}
+        errors: list[str] = []
+        for branch in branches:
+            try:
+                found[branch] = self.prompts[branch].find(phrase)
+            except WordNotFound as error:
+                errors.append(str(error))
+        if not found:
+            says = errors[:2]
+            others = [branch for branch, prompt in enumerate(self.prompts) if prompt.contains(phrase)]
+            if others:
+                where = f"Target {others[0]}" if others[0] else "The source"
+                says.append(f"{where} has it; {advice}.")
+            raise WordNotFound((f"{asked}: " if asked else "") + " ".join(says))
         return found
 
 

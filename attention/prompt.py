@@ -6,7 +6,6 @@ import csv
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -15,16 +14,7 @@ REPLACEMENT = "\ufffd"
 
 
 class WordNotFound(ValueError):
-    """A word or phrase that a node asks for is not in the prompt."""
-
-
-@contextmanager
-def asked_in(widget: str) -> Iterator[None]:
-    """Say in a WordNotFound from inside which widget the word stands in."""
-    try:
-        yield
-    except WordNotFound as error:
-        raise WordNotFound(f"{widget}: {error}") from None
+    """A word or phrase is not in the prompt."""
 
 
 @dataclass(frozen=True)

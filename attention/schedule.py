@@ -4,15 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-import torch
-from torch import Tensor
-
-from .prompt import asked_in
-
-if TYPE_CHECKING:
-    from .edit import Edit, Target
 
 
 @dataclass(frozen=True)
@@ -83,22 +74,6 @@ class TauSchedule:
                 raise ValueError(f"{name} is {value:g}; expected a number from 0 to 1.")
         if self.self_mode not in SELF_MODES:
             raise ValueError(f"self_mode is {self.self_mode!r}; expected one of {', '.join(SELF_MODES)}.")
-
-    def check_words(self, edit: Edit) -> None:
-        """Raise WordNotFound for a word with a window of its own that is in none of the targets."""
-        with asked_in("tau Scheduler, words"):
-            for word, _ in self.words:
-                edit.find_in_targets(word)
-
-    def cross_weights(self, target: Target, progress: float) -> Tensor:
-        """Weight of the cross-attention window for each token of the target, (t,) float64 from 0 to 1."""
-        weights = torch.full(
-            (target.prompt.length,), self.cross.weight(progress, self.fade), dtype=torch.float64
-        )
-        for word, window in self.words:
-            if target.prompt.contains(word):
-                weights[list(target.prompt.find(word))] = window.weight(progress, self.fade)
-        return weights
 
     def self_weight(self, progress: float, mode: str = "map") -> float:
         """Weight of the self-attention window, from 0 to 1; 0 if the schedule's mode is another one."""

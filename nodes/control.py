@@ -21,6 +21,7 @@ from .types import (
     TauIO,
     blend_input,
     check_wiring,
+    check_words,
     edit_input,
     is_wired,
     model_input,
@@ -256,5 +257,6 @@ class AttentionController(io.ComfyNode):
         reuse_gb: float = 0.0,
     ) -> io.NodeOutput:
         check_wiring(cls.hidden)
+        check_words(edit, tau, blend)
         maps = MapsHandle(wanted=is_wired(cls.hidden, MAPS_OUTPUT))
         return io.NodeOutput(*control(model, edit, tau, blend, trajectory, maps, reuse_gb), maps)

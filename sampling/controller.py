@@ -22,6 +22,7 @@ from torch import Tensor
 from ..attention.blend import LocalBlend, regions, tokens_of
 from ..attention.edit import Edit
 from ..attention.maps import Tokens
+from ..attention.plan import check_words
 from ..attention.schedule import TauSchedule
 from .blend import BlendState
 from .encode import KEY
@@ -307,7 +308,7 @@ def control(
     Raises ValueError for an unsupported model, a model with a controller on it or a trajectory of another
     model, WordNotFound for words of the schedule that are in no target or of the blend that are in no prompt.
     """
-    tau.check_words(edit)
+    check_words(edit, tau)
     blocks = cross_attention_blocks(model.get_model_object("diffusion_model"))
     follows = follow(model, trajectory)
     state: list[StateEdit] = [] if follows is None else [follows]

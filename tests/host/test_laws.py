@@ -13,6 +13,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_custom_sampler as custom
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from comfy_extras.nodes_perpneg import PerpNegGuider
+from p2p.attention.plan import cross_weights
 from p2p.attention.schedule import TauSchedule, Window
 from p2p.sampling.controller import control
 from p2p.tests import naive
@@ -223,7 +224,7 @@ def naive_run(studio, edit, tau, settings, latent, negative=None):
 
     def cross(q, k, v, options):
         def edited_row(s, n, target):
-            weights = tau.cross_weights(target, progress(options))
+            weights = cross_weights(target, tau, progress(options))
             own, source = target.prompt.length, edit.source.prompt.length
             return naive.cross_row(
                 q[s],

@@ -84,6 +84,32 @@ def test_a_word_of_the_source_alone_is_an_error_that_says_so(edit):
         only.reweighted("zebra", 2.0)
 
 
+@pytest.mark.parametrize(
+    ("phrase", "branches", "found"),
+    [
+        ("mat", (0, 1, 2), {0: (5,), 1: (5,)}),
+        ("on a", (1, 2), {1: (3, 4), 2: (3, 4)}),
+        ("a#2", (2,), {2: (4,)}),
+        ("dog", (2, 1), {1: (2,)}),
+    ],
+)
+def test_a_phrase_is_found_in_each_of_the_branches_that_have_it(edit, phrase, branches, found):
+    assert edit.find(phrase, branches) == found
+
+
+@pytest.mark.parametrize(
+    ("phrase", "branches", "message"),
+    [
+        ("dog", (0,), r'^in words: "dog" .*: a, cat, on, mat\. Target 1 has it; look there\.$'),
+        ("mat", (2,), r'^in words: "mat" .*: a, cat, on, rug\. The source has it; look there\.$'),
+        ("zebra", (0, 1, 2), r'^in words: "zebra" .*: a, cat, on, mat\. .*: a, dog, on, mat\.$'),
+    ],
+)
+def test_a_phrase_that_no_branch_has_is_an_error_that_says_where_it_is(edit, phrase, branches, message):
+    with pytest.raises(WordNotFound, match=message):
+        edit.find(phrase, branches, asked="in words", advice="look there")
+
+
 @pytest.mark.parametrize("scale", [2.1, -2.5, float("nan"), float("inf")])
 def test_a_scale_out_of_range_is_refused(edit, scale):
     with pytest.raises(ValueError, match="-2 to 2"):
