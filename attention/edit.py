@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +17,9 @@ GAIN_LIMIT = 2.0
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """The prompt that the picture is made from; conditioning is the host's encoding of it."""
+    """The prompt that the images start from."""
 
     prompt: Prompt
-    conditioning: Any = field(default=None, repr=False)
 
     @property
     def text(self) -> str:
@@ -43,7 +41,6 @@ class Target:
     mapping: Tensor = field(repr=False)
     inherits: Tensor = field(repr=False)
     gain: Tensor = field(repr=False)
-    conditioning: Any = field(default=None, repr=False)
     tau: TauSchedule | None = None
 
     @property
@@ -74,11 +71,11 @@ class Edit:
             tuple(token for word in prompt.words for token in word.tokens) for prompt in self.prompts
         )
 
-    def with_target(self, prompt: Prompt, mode: str, conditioning: Any = None) -> Edit:
+    def with_target(self, prompt: Prompt, mode: str) -> Edit:
         """This edit with one more target, aligned to the source."""
         alignment = align(self.source.prompt, prompt, mode)
         mapping, inherits = token_mapping(self.source.prompt, prompt, alignment)
-        target = Target(prompt, alignment, mapping, inherits, torch.ones(prompt.length), conditioning)
+        target = Target(prompt, alignment, mapping, inherits, torch.ones(prompt.length))
         return replace(self, targets=(*self.targets, target))
 
     def reweighted(self, words: str, scale: float, target: int = 0) -> Edit:

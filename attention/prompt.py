@@ -50,13 +50,11 @@ class Prompt:
 
     text: what the user wrote, weights in parentheses included.
     length: number of tokens t of the conditioning, all chunks together.
-    missing: textual inversions that the text names and the host did not find; it leaves them out.
     """
 
     text: str
     words: tuple[Word, ...]
     chunks: tuple[Chunk, ...]
-    missing: tuple[str, ...] = ()
 
     @property
     def length(self) -> int:
@@ -133,12 +131,11 @@ class Prompt:
         return [word for word in words if self.occurrences(word)]
 
 
-def read_prompt(text: str, pieces: Sequence[Sequence[str]], missing: tuple[str, ...] = ()) -> Prompt:
+def read_prompt(text: str, pieces: Sequence[Sequence[str]]) -> Prompt:
     """Group the vocabulary's pieces into words.
 
     pieces: one sequence per chunk, each `<|startoftext|>`, pieces, `<|endoftext|>`, padding. A piece that
         ends in `</w>` ends its word; a word may run on into the next chunk.
-    missing: textual inversions that the text names and that have no pieces.
 
     Raises ValueError for pieces that are not laid out like this.
     """
@@ -161,7 +158,7 @@ def read_prompt(text: str, pieces: Sequence[Sequence[str]], missing: tuple[str, 
         offset += len(chunk)
     if tokens:
         words += _words(letters, tokens)
-    return Prompt(text, tuple(words), tuple(chunks), missing)
+    return Prompt(text, tuple(words), tuple(chunks))
 
 
 def _words(letters: Sequence[str], tokens: Sequence[int]) -> list[Word]:

@@ -25,7 +25,7 @@ from ..attention.maps import Tokens
 from ..attention.plan import check_words
 from ..attention.schedule import TauSchedule
 from .blend import BlendState
-from .encode import KEY
+from .encode import KEY, encoded
 from .injection import Injection, PromptToPrompt
 from .layout import lay_out
 from .low_memory import fitting_groups, forward_in_groups, replaces_attention
@@ -195,7 +195,8 @@ class Controller:
                     if "negative" not in name:  # PerpNegGuider's is "empty_negative_prompt"
                         tensors.append(entry["model_conds"]["c_crossattn"])
                     elif any(
-                        _begins_with(entry["cross_attn"], cond) for cond, _ in self.edit.source.conditioning
+                        _begins_with(entry["cross_attn"], cond)
+                        for cond, _ in encoded(self.edit)[0].conditioning
                     ):
                         raise ValueError(
                             "The Attention Controller's positive conditioning is connected to a "

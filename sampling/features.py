@@ -11,12 +11,13 @@ from typing import Any
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from torch import Tensor
 
-from ..attention.edit import Edit
+from ..attention.edit import Edit, Source
 from ..attention.features import source_features
 from ..attention.inject import Rows, self_attention, self_step
 from ..attention.plan import CrossStep
 from ..attention.schedule import Window
 from .controller import Controller, controlled, cross_attention_blocks
+from .encode import encoded
 from .injection import Slot, Slots, check_pixels
 from .maps import MapsHandle
 from .run import BlockKey, Call
@@ -141,7 +142,7 @@ def plug_and_play(
                 "The source is denoised under source_conditioning, so its prompt's words have no maps; "
                 "disconnect source_conditioning or the maps output."
             )
-        edit = replace(edit, source=replace(edit.source, conditioning=source_conditioning))
+        edit = replace(edit, source=Source(replace(encoded(edit)[0], conditioning=source_conditioning)))
     blocks = cross_attention_blocks(model.get_model_object("diffusion_model"))
     injection = PlugAndPlay(Window(0.0, feature_end), Window(0.0, attention_end), *feature_layers(blocks))
     follows = follow(model, trajectory)

@@ -204,7 +204,7 @@ def naive_run(studio, edit, tau, settings, latent, negative=None):
     model = studio.model.clone()
     sigmas = sigmas_of(model, settings)[:-1]
     longest = max(edit.source.prompt.length, *(target.prompt.length for target in edit.targets))
-    encoded = [edit.source.conditioning, *(target.conditioning for target in edit.targets)]
+    encoded = [prompt.conditioning for prompt in edit.prompts]
     positive = [[torch.cat([c[0][0].repeat(1, longest // c[0][0].shape[1], 1) for c in encoded]), {}]]
     size = max(latent["samples"].shape[-2:])
 
