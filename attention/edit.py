@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -84,7 +84,8 @@ class Edit:
         words: words or phrases of the target, separated by commas. scale: c in [-2, 2]; scales of several
         calls multiply. target: which one, from 1; 0 for all that have the word.
 
-        Raises WordNotFound if a word is in none of those targets, ValueError for a number out of range.
+        Raises WordNotFound if a word is in none of those targets, ValueError for a number out of range or a
+        product of scales that is.
         """
         if not -GAIN_LIMIT <= scale <= GAIN_LIMIT:
             raise ValueError(f"scale is {scale:g}; expected a number from {-GAIN_LIMIT:g} to {GAIN_LIMIT:g}.")
@@ -98,8 +99,7 @@ class Edit:
         targets = list(self.targets)
         for phrase in words_to_reweight(words):
             for branch, tokens in self.find(phrase, branches, advice=f"name the word of {whose}").items():
-                gain = targets[branch - 1].gain.clone()
-                gain[list(tokens)] *= scale
+                gain = _scaled(targets[branch - 1].gain, tokens, scale, f'"{phrase}" of target {branch}')
                 targets[branch - 1] = replace(targets[branch - 1], gain=gain)
         return replace(self, targets=tuple(targets))
 
@@ -138,6 +138,19 @@ class Edit:
                 says.append(f"{where} has it; {advice}.")
             raise WordNotFound((f"{asked}: " if asked else "") + " ".join(says))
         return found
+
+
+def _scaled(gain: Tensor, tokens: Sequence[int], scale: float, word: str) -> Tensor:
+    """gain with the tokens' entries times scale. Raises ValueError for a product outside of [-2, 2]."""
+    scaled = gain.clone()
+    scaled[list(tokens)] *= scale
+    highest = int(scaled.abs().argmax())
+    if scaled[highest].abs() > GAIN_LIMIT * (1.0 + 1e-6):  # room for rounding
+        raise ValueError(
+            f"{word} has scale {gain[highest]:g} already; times {scale:g} it is {scaled[highest]:g}, and a "
+            f"scale is from {-GAIN_LIMIT:g} to {GAIN_LIMIT:g}. Lower one of the two."
+        )
+    return scaled.clamp(-GAIN_LIMIT, GAIN_LIMIT)
 
 
 def words_to_reweight(words: str) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -58,6 +60,29 @@ def test_re_weighting_leaves_the_edit_that_it_was_given(edit):
 
 def test_scales_of_several_calls_multiply(edit):
     assert gains(edit.reweighted("dog", 0.5).reweighted("dog", -2).targets[0])["dog"] == -1
+
+
+@pytest.mark.parametrize("scales", [(2, 2), (2, -1, 2), (-2, 1.1), (0.5, 2, -2, 1.5)])
+def test_scales_whose_product_leaves_the_range_are_refused(edit, scales):
+    *before, last = scales
+    for scale in before:
+        edit = edit.reweighted("dog", scale)
+    product = math.prod(before)
+    with pytest.raises(ValueError, match=f'"dog" of target 1 has scale {product:g} already; .* -2 to 2'):
+        edit.reweighted("dog", last)
+    with pytest.raises(ValueError, match='"dog on" of target 1 has scale'):
+        edit.reweighted("dog on", last)
+
+
+@given(st.lists(st.floats(-2, 2), min_size=1, max_size=6))
+def test_gain_stays_in_its_range_whatever_is_multiplied(scales):
+    edit = Edit(Source(prompt_of("a cat"))).with_target(prompt_of("a dog"), "auto")
+    for scale in scales:
+        try:
+            edit = edit.reweighted("dog", scale)
+        except ValueError:
+            break
+    assert edit.targets[0].gain.abs().max() <= 2
 
 
 def test_target_zero_means_every_target_that_has_the_word(edit):
