@@ -54,8 +54,7 @@ class Alignment:
         text = [lines[word] for word in sorted(lines)]
         for run in _runs([(i, i) for i in self.removed]):
             text.append(f"- {tag_text(source, [i for i, _ in run])} (removed)")
-        missing = dict.fromkeys(source.missing + target.missing)
-        return "\n".join(text + [f"! {name} (no such file, left out)" for name in missing])
+        return "\n".join(text)
 
 
 def _runs(pairs: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:

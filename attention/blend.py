@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .edit import Edit
 from .maps import Tokens
-from .prompt import WordNotFound, asked_in, split_words
+from .prompt import split_words
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ class LocalBlend:
                 raise ValueError(f"{name} is {value:g}; expected a number from 0 to 1.")
         if not self.words and not self.source_words and self.mask is None:
             raise ValueError(
-                "Local Blend knows no region: write words of the target or of the source, or connect a mask."
+                "The blend has nothing to go by: name words of the target or of the source, or give a mask."
             )
         if self.mask is not None and self.mask.ndim != 3:
             raise ValueError(
@@ -91,49 +91,28 @@ def regions(blend: LocalBlend, edit: Edit) -> tuple[Regions, ...]:
 
     Raises WordNotFound for a phrase that is nowhere, ValueError for a target that has none of the words.
     """
-    with asked_in("Local Blend, source_words"):
-        source = [Region(0, _find_in_source(edit, phrase)) for phrase in blend.source_words]
-    include: list[list[Region]] = [list(source) for _ in edit.targets]
-    with asked_in("Local Blend, words"):
-        for phrase in blend.words:
-            places = edit.find_in_targets(phrase, advice="write it in source_words")
-            for n, tokens in places.items():
-                include[n].append(Region(n + 1, tokens))
+    targets = range(1, edit.branches)
+    include: list[list[Region]] = [[] for _ in edit.targets]
     exclude: list[list[Region]] = [[] for _ in edit.targets]
-    with asked_in("Local Blend, exclude"):
-        for phrase in blend.exclude:
-            places = _find_in_any(edit, phrase)
-            for n, found in enumerate(exclude, 1):
-                found += [Region(branch, places[branch]) for branch in (0, n) if branch in places]
+    for phrase in blend.source_words:
+        places = edit.find(phrase, (0,), asked="source_words", advice="write it in words")
+        for found in include:
+            found.append(Region(0, places[0]))
+    for phrase in blend.words:
+        places = edit.find(phrase, targets, asked="words", advice="write it in source_words")
+        for branch, tokens in places.items():
+            include[branch - 1].append(Region(branch, tokens))
+    for phrase in blend.exclude:
+        places = edit.find(phrase, range(edit.branches), asked="exclude")
+        for n, found in enumerate(exclude, 1):
+            found += [Region(branch, places[branch]) for branch in (0, n) if branch in places]
     for n, found in enumerate(include):
         if blend.words and not found:
             raise ValueError(
-                f'Local Blend: target {n + 1} ("{edit.targets[n].text}") has none of the words '
+                f'target {n + 1} ("{edit.targets[n].text}") has none of the words '
                 f"{', '.join(blend.words)}; name words of every target, or words of the source."
             )
     return tuple(Regions(tuple(i), tuple(e)) for i, e in zip(include, exclude, strict=True))
-
-
-def _find_in_source(edit: Edit, phrase: str) -> tuple[int, ...]:
-    try:
-        return edit.source.prompt.find(phrase)
-    except WordNotFound as error:
-        if any(target.prompt.contains(phrase) for target in edit.targets):
-            raise WordNotFound(f"{error} A target has it; write it in words.") from None
-        raise
-
-
-def _find_in_any(edit: Edit, phrase: str) -> dict[int, tuple[int, ...]]:
-    """Token positions of a phrase by branch (0: source). Raises WordNotFound if it stands in none of them."""
-    places, errors = {}, []
-    for branch, prompt in enumerate(edit.prompts):
-        try:
-            places[branch] = prompt.find(phrase)
-        except WordNotFound as error:
-            errors.append(str(error))
-    if not places:
-        raise WordNotFound(" ".join(errors[:2]))
-    return places
 
 
 def tokens_of(found: Sequence[Regions], branches: int) -> Tokens:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +17,9 @@ GAIN_LIMIT = 2.0
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """The prompt that the picture is made from; conditioning is the host's encoding of it."""
+    """The prompt that the images start from."""
 
     prompt: Prompt
-    conditioning: Any = field(default=None, repr=False)
 
     @property
     def text(self) -> str:
@@ -42,7 +41,6 @@ class Target:
     mapping: Tensor = field(repr=False)
     inherits: Tensor = field(repr=False)
     gain: Tensor = field(repr=False)
-    conditioning: Any = field(default=None, repr=False)
     tau: TauSchedule | None = None
 
     @property
@@ -73,11 +71,11 @@ class Edit:
             tuple(token for word in prompt.words for token in word.tokens) for prompt in self.prompts
         )
 
-    def with_target(self, prompt: Prompt, mode: str, conditioning: Any = None) -> Edit:
+    def with_target(self, prompt: Prompt, mode: str) -> Edit:
         """This edit with one more target, aligned to the source."""
         alignment = align(self.source.prompt, prompt, mode)
         mapping, inherits = token_mapping(self.source.prompt, prompt, alignment)
-        target = Target(prompt, alignment, mapping, inherits, torch.ones(prompt.length), conditioning)
+        target = Target(prompt, alignment, mapping, inherits, torch.ones(prompt.length))
         return replace(self, targets=(*self.targets, target))
 
     def reweighted(self, words: str, scale: float, target: int = 0) -> Edit:
@@ -86,7 +84,8 @@ class Edit:
         words: words or phrases of the target, separated by commas. scale: c in [-2, 2]; scales of several
         calls multiply. target: which one, from 1; 0 for all that have the word.
 
-        Raises WordNotFound if a word is in none of those targets, ValueError for a number out of range.
+        Raises WordNotFound if a word is in none of those targets, ValueError for a number out of range or a
+        product of scales that is.
         """
         if not -GAIN_LIMIT <= scale <= GAIN_LIMIT:
             raise ValueError(f"scale is {scale:g}; expected a number from {-GAIN_LIMIT:g} to {GAIN_LIMIT:g}.")
@@ -95,12 +94,13 @@ class Edit:
                 f"target is {target}, but the edit has {len(self.targets)} targets; "
                 f"expected 0 (all) to {len(self.targets)}."
             )
+        branches = (target,) if target else range(1, self.branches)
+        whose = f"target {target}" if target else "the target that replaces it"
         targets = list(self.targets)
         for phrase in words_to_reweight(words):
-            for n, tokens in self.find_in_targets(phrase, target).items():
-                gain = targets[n].gain.clone()
-                gain[list(tokens)] *= scale
-                targets[n] = replace(targets[n], gain=gain)
+            for branch, tokens in self.find(phrase, branches, advice=f"name the word of {whose}").items():
+                gain = _scaled(targets[branch - 1].gain, tokens, scale, f'"{phrase}" of target {branch}')
+                targets[branch - 1] = replace(targets[branch - 1], gain=gain)
         return replace(self, targets=tuple(targets))
 
     def without_gain(self) -> Edit:
@@ -108,26 +108,49 @@ class Edit:
         targets = (replace(target, gain=torch.ones_like(target.gain)) for target in self.targets)
         return replace(self, targets=tuple(targets))
 
-    def find_in_targets(
-        self, phrase: str, target: int = 0, advice: str = "name the word of the target that replaces it"
+    def find(
+        self,
+        phrase: str,
+        branches: Iterable[int],
+        *,
+        asked: str = "",
+        advice: str = "name the word of the target that replaces it",
     ) -> dict[int, tuple[int, ...]]:
-        """Token positions of a phrase by index of target, in target number `target` or (0) in any.
+        """Token positions of a word or phrase, for each of the branches whose prompt has it.
 
-        Raises WordNotFound, which lists the words, if it stands in none of them; with the advice, if it
-        stands in the source.
+        asked: the field that holds the phrase, for the message. advice: what to do if only another branch has
+        the phrase.
+
+        Raises WordNotFound, which lists the prompts' words, if none of the branches has it.
         """
-        found, error = {}, None
-        for n, candidate in enumerate(self.targets):
-            if target in (0, n + 1):
-                try:
-                    found[n] = candidate.prompt.find(phrase)
-                except WordNotFound as missing:
-                    error = error or missing
-        if not found and error is not None:
-            if self.source.prompt.contains(phrase):
-                raise WordNotFound(f"{error} The source has it; {advice}.")
-            raise error
+        found: dict[int, tuple[int, ...]] = {}
+        errors: list[str] = []
+        for branch in branches:
+            try:
+                found[branch] = self.prompts[branch].find(phrase)
+            except WordNotFound as error:
+                errors.append(str(error))
+        if not found:
+            says = errors[:2]
+            others = [branch for branch, prompt in enumerate(self.prompts) if prompt.contains(phrase)]
+            if others:
+                where = f"Target {others[0]}" if others[0] else "The source"
+                says.append(f"{where} has it; {advice}.")
+            raise WordNotFound((f"{asked}: " if asked else "") + " ".join(says))
         return found
+
+
+def _scaled(gain: Tensor, tokens: Sequence[int], scale: float, word: str) -> Tensor:
+    """gain with the tokens' entries times scale. Raises ValueError for a product outside of [-2, 2]."""
+    scaled = gain.clone()
+    scaled[list(tokens)] *= scale
+    highest = int(scaled.abs().argmax())
+    if scaled[highest].abs() > GAIN_LIMIT * (1.0 + 1e-6):  # room for rounding
+        raise ValueError(
+            f"{word} has scale {gain[highest]:g} already; times {scale:g} it is {scaled[highest]:g}, and a "
+            f"scale is from {-GAIN_LIMIT:g} to {GAIN_LIMIT:g}. Lower one of the two."
+        )
+    return scaled.clamp(-GAIN_LIMIT, GAIN_LIMIT)
 
 
 def words_to_reweight(words: str) -> list[str]:

@@ -26,6 +26,21 @@ class Plan:
     self_: tuple[tuple[float, ...], ...]
 
 
+def check_words(edit: Edit, tau: TauSchedule) -> None:
+    """Raise WordNotFound for a word with a window of its own that is in none of the targets."""
+    for phrase, _ in tau.words:
+        edit.find(phrase, range(1, edit.branches), asked="words")
+
+
+def cross_weights(target: Target, tau: TauSchedule, progress: float) -> Tensor:
+    """Weight of the cross-attention window for each token of the target, (t,) float64 from 0 to 1."""
+    weights = torch.full((target.prompt.length,), tau.cross.weight(progress, tau.fade), dtype=torch.float64)
+    for phrase, window in tau.words:
+        if target.prompt.contains(phrase):
+            weights[list(target.prompt.find(phrase))] = window.weight(progress, tau.fade)
+    return weights
+
+
 def conditioning_length(edit: Edit) -> int:
     """Tokens of the paired conditioning: the least common multiple of the prompts' own lengths."""
     return math.lcm(*(prompt.length for prompt in edit.prompts))
@@ -91,7 +106,7 @@ def _tiled_mapping(edit: Edit, target: Target, common: int, length: int) -> Tens
 def _tiled_coefficients(
     target: Target, tau: TauSchedule, progress: float, common: int, length: int
 ) -> tuple[Tensor, Tensor]:
-    from_source, own = coefficients(target, tau.cross_weights(target, progress))
+    from_source, own = coefficients(target, cross_weights(target, tau, progress))
     columns = common // target.prompt.length
     weight = tau.cross.weight(progress, tau.fade)
     return (

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cached_property
+from itertools import accumulate
 
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
-REPLACEMENT = "\ufffd"
+LONGEST_GUESS, MOST_WRITTEN = 100, 1000
+"""Letters of a phrase for which a similar word is proposed; words of a prompt that are listed as written."""
+
+_EXTENSION = re.compile(r"(?<!embedding:)\.(safetensors|pt|bin)\Z")
+_BASE, _PRIME = 1_000_003, 2**61 - 1
 
 
 class WordNotFound(ValueError):
-    """A word or phrase that a node asks for is not in the prompt."""
-
-
-@contextmanager
-def asked_in(widget: str) -> Iterator[None]:
-    """Say in a WordNotFound from inside which widget the word stands in."""
-    try:
-        yield
-    except WordNotFound as error:
-        raise WordNotFound(f"{widget}: {error}") from None
+    """A word or phrase is not in the prompt."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +57,11 @@ class Prompt:
 
     text: what the user wrote, weights in parentheses included.
     length: number of tokens t of the conditioning, all chunks together.
-    missing: textual inversions that the text names and the host did not find; it leaves them out.
     """
 
     text: str
     words: tuple[Word, ...]
     chunks: tuple[Chunk, ...]
-    missing: tuple[str, ...] = ()
 
     @property
     def length(self) -> int:
@@ -83,72 +78,86 @@ class Prompt:
         found = next(filter(None, map(self._places, spellings)), None)
         return found or [(n,) for n, word in enumerate(self.words) if word.text == phrase.strip()]
 
+    @cached_property
+    def _letters(self) -> tuple[str, list[int], dict[int, int], dict[int, int]]:
+        """The words' squashed text in one piece, its checksums, and which word begins and ends where."""
+        parts = [_squash(word.text) for word in self.words]
+        places = list(accumulate(map(len, parts), initial=0))
+        spelt = [n for n, part in enumerate(parts) if part]
+        begins = {places[n]: n for n in spelt}
+        ends = {places[n + 1]: n + 1 for n in spelt}
+        text = "".join(parts)
+        return text, _checksums(text), begins, ends
+
     def _places(self, wanted: str) -> list[tuple[int, ...]]:
-        texts = [_squash(word.text) for word in self.words]
-        found, first = [], 0
-        while wanted and first < len(texts):
-            last, joined = first, ""
-            while last < len(texts) and len(joined) < len(wanted):
-                joined += texts[last]
-                last += 1
-            if joined == wanted and texts[first]:
-                found.append(tuple(range(first, last)))
-                first = last
-            else:
-                first += 1
+        """Runs of whole words that spell `wanted`, without overlaps (Karp and Rabin 1987)."""
+        text, sums, begins, ends = self._letters
+        total, power = _checksums(wanted)[-1], pow(_BASE, len(wanted), _PRIME)
+        found: list[tuple[int, ...]] = []
+        free = 0
+        for start, first in begins.items() if wanted else ():
+            stop = start + len(wanted)
+            if start < free or stop not in ends:
+                continue
+            if (sums[stop] - sums[start] * power - total) % _PRIME == 0 and text.startswith(wanted, start):
+                found.append(tuple(range(first, ends[stop])))
+                free = stop
         return found
 
     def contains(self, phrase: str) -> bool:
         """Whether `find` would find it."""
-        try:
-            return bool(self.find(phrase))
-        except WordNotFound:
-            return False
+        return bool(self._numbered(phrase)[0])
 
     def find(self, phrase: str) -> tuple[int, ...]:
         """Token positions of a word or phrase: all of its occurrences, or the n-th for `phrase#n`.
 
         Raises WordNotFound, which lists the prompt's words.
         """
-        places = self.occurrences(phrase)
-        numbered = re.fullmatch(r"(.+?)\s*#\s*(\d+)", phrase.strip())
-        if not places and numbered:
-            places = self.occurrences(numbered[1])
-            n = int(numbered[2])
-            if places and not 1 <= n <= len(places):
-                raise WordNotFound(
-                    f'"{numbered[1]}" occurs {len(places)} times in "{self.text}", there is no #{n}.'
-                )
-            places = places[n - 1 : n]
+        places, name, count = self._numbered(phrase)
+        if not places and count:
+            number = phrase.rpartition("#")[2].strip()
+            raise WordNotFound(f'"{name}" occurs {count} times in "{self.text}", there is no #{number}.')
         if not places:
             words = self._words_as_written()
-            wanted = (numbered[1] if numbered else phrase).strip().lower()
-            meant = [f'Did you mean "{word}"? ' for word in get_close_matches(wanted, words, 1, 0.7)]
+            wanted = name.lower()
+            close = get_close_matches(wanted, words, 1, 0.7) if len(wanted) <= LONGEST_GUESS else []
+            meant = [f'Did you mean "{word}"? ' for word in close]
             raise WordNotFound(
                 f'"{phrase.strip()}" is not in the prompt "{self.text}". {"".join(meant)}'
                 f"Its words are: {', '.join(words) or '(none)'}."
             )
         return tuple(token for place in places for word in place for token in self.words[word].tokens)
 
+    def _numbered(self, phrase: str) -> tuple[list[tuple[int, ...]], str, int]:
+        """The places that a phrase means, itself without `#n`, and how often it stands in the prompt."""
+        phrase = phrase.strip()
+        places = self.occurrences(phrase)
+        name, mark, number = phrase.rpartition("#")
+        name, number = name.strip(), number.strip()
+        if places or not (name and mark and number.isdecimal()):
+            return places, phrase, len(places)
+        places = self.occurrences(name)
+        n = int(number) if len(number) < 10 else 0  # Python refuses to read very long ones
+        return places[n - 1 : n] if n else [], name, len(places)
+
     def _words_as_written(self) -> list[str]:
         """What stands between white space and commas, in lower case and each once: "1girl", "long_hair".
 
-        In scripts without spaces, the vocabulary's words.
+        In scripts without spaces, and in prompts of very many words, the vocabulary's words.
         """
         text = _without_weights(self.text).lower()
-        parts = re.split(r"[\s,]+", text)
-        if any(map(_stands_alone, text)):
-            parts = [word.text for word in self.words]
-        words = dict.fromkeys(map(_without_punctuation, parts))
+        if len(self.words) > MOST_WRITTEN or any(map(_stands_alone, text)):
+            words = dict.fromkeys(word.text for word in self.words)
+            return [word for word in words if _squash(word) and not is_punctuation(word)]
+        words = dict.fromkeys(map(_without_punctuation, re.split(r"[\s,]+", text)))
         return [word for word in words if self.occurrences(word)]
 
 
-def read_prompt(text: str, pieces: Sequence[Sequence[str]], missing: tuple[str, ...] = ()) -> Prompt:
+def read_prompt(text: str, pieces: Sequence[Sequence[str]]) -> Prompt:
     """Group the vocabulary's pieces into words.
 
     pieces: one sequence per chunk, each `<|startoftext|>`, pieces, `<|endoftext|>`, padding. A piece that
         ends in `</w>` ends its word; a word may run on into the next chunk.
-    missing: textual inversions that the text names and that have no pieces.
 
     Raises ValueError for pieces that are not laid out like this.
     """
@@ -171,7 +180,7 @@ def read_prompt(text: str, pieces: Sequence[Sequence[str]], missing: tuple[str, 
         offset += len(chunk)
     if tokens:
         words += _words(letters, tokens)
-    return Prompt(text, tuple(words), tuple(chunks), missing)
+    return Prompt(text, tuple(words), tuple(chunks))
 
 
 def _words(letters: Sequence[str], tokens: Sequence[int]) -> list[Word]:
@@ -184,12 +193,16 @@ def _words(letters: Sequence[str], tokens: Sequence[int]) -> list[Word]:
 
 def _characters(letters: Sequence[str], tokens: Sequence[int]) -> Iterator[Word]:
     """A word cut wherever a token ends together with a character."""
-    first = 0
-    for last in range(1, len(tokens) + 1):
-        text = _decode("".join(letters[first:last]))
-        if REPLACEMENT not in text or last == len(tokens):
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    text, first = "", 0
+    for last, piece in enumerate(letters, 1):
+        spelt = all(letter in _BYTES for letter in piece)
+        text += decoder.decode(bytes(_BYTES[letter] for letter in piece)) if spelt else piece
+        if last == len(letters):
+            text += decoder.decode(b"", final=True)
+        if last == len(letters) or not decoder.getstate()[0]:
             yield Word(text, tuple(tokens[first:last]))
-            first = last
+            text, first = "", last
 
 
 def _stands_alone(letter: str) -> bool:
@@ -205,7 +218,10 @@ def split_words(text: str) -> list[str]:
     An entry in double quotes may hold commas: `hat, "red, white and blue"` has two entries.
     """
     rows = (csv.reader([line], skipinitialspace=True) for line in text.splitlines())
-    return [part.strip() for row in rows for parts in row for part in parts if part.strip()]
+    try:
+        return [part.strip() for row in rows for parts in row for part in parts if part.strip()]
+    except csv.Error as error:
+        raise ValueError(f"The list of words cannot be read: {error}.") from None
 
 
 def is_punctuation(text: str) -> bool:
@@ -220,11 +236,26 @@ def spell(text: str) -> str:
 
 def _squash(text: str) -> str:
     """Text without what does not matter: case, white space, `_`, invisible characters, width, extensions."""
-    text = re.sub(r"(embedding:[^\s,]+?)\.(safetensors|pt|bin)(?![^\s,])", r"\1", text)
-    folded = unicodedata.normalize("NFKC", text.lower())
+    text = re.sub(r"embedding:[^\s,]+", lambda name: _EXTENSION.sub("", name[0]), text)
+    folded = unicodedata.normalize("NFKC", _with_few_marks(text.lower()))
     return "".join(
         c for c in folded if not c.isspace() and c != "_" and unicodedata.category(c) not in ("Cc", "Cf")
     )
+
+
+def _with_few_marks(text: str) -> str:
+    """Text without the marks on one letter beyond 30: to normalise n of them takes time in n squared."""
+    kept, marks = [], 0
+    for letter in text:
+        marks = marks + 1 if unicodedata.combining(letter) else 0
+        if marks <= 30:
+            kept.append(letter)
+    return "".join(kept)
+
+
+def _checksums(text: str) -> list[int]:
+    """Of the first 0, 1, ... letters: a polynomial in their code points, so that differences are of parts."""
+    return list(accumulate(map(ord, text), lambda total, n: (total * _BASE + n) % _PRIME, initial=0))
 
 
 def _without_punctuation(text: str) -> str:

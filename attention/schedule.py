@@ -3,16 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-import torch
-from torch import Tensor
-
-from .prompt import asked_in
-
-if TYPE_CHECKING:
-    from .edit import Edit, Target
 
 
 @dataclass(frozen=True)
@@ -84,28 +76,13 @@ class TauSchedule:
         if self.self_mode not in SELF_MODES:
             raise ValueError(f"self_mode is {self.self_mode!r}; expected one of {', '.join(SELF_MODES)}.")
 
-    def check_words(self, edit: Edit) -> None:
-        """Raise WordNotFound for a word with a window of its own that is in none of the targets."""
-        with asked_in("tau Scheduler, words"):
-            for word, _ in self.words:
-                edit.find_in_targets(word)
-
-    def cross_weights(self, target: Target, progress: float) -> Tensor:
-        """Weight of the cross-attention window for each token of the target, (t,) float64 from 0 to 1."""
-        weights = torch.full(
-            (target.prompt.length,), self.cross.weight(progress, self.fade), dtype=torch.float64
-        )
-        for word, window in self.words:
-            if target.prompt.contains(word):
-                weights[list(target.prompt.find(word))] = window.weight(progress, self.fade)
-        return weights
-
     def self_weight(self, progress: float, mode: str = "map") -> float:
         """Weight of the self-attention window, from 0 to 1; 0 if the schedule's mode is another one."""
         return self.self_.weight(progress, self.fade) if mode == self.self_mode else 0.0
 
 
-_WORD_WINDOW = re.compile(r"\s*(.+?)\s*:\s*(?:(\d*\.?\d+)\s*-\s*)?(\d*\.?\d+)\s*(?:,|$)")
+_NUMBER = r"((?:\d*\.)?\d+)"
+_WINDOW = re.compile(rf"\s*(?:{_NUMBER}\s*-\s*)?{_NUMBER}\s*")
 
 
 def parse_word_windows(text: str) -> tuple[tuple[str, Window], ...]:
@@ -113,22 +90,30 @@ def parse_word_windows(text: str) -> tuple[tuple[str, Window], ...]:
 
     Raises ValueError that quotes the line and says what was expected.
     """
-    windows = []
-    for line in filter(None, map(str.strip, text.splitlines())):
-        position = 0
-        while position < len(line):
-            match = _WORD_WINDOW.match(line, position)
-            if match is None:
-                raise ValueError(
-                    f'Cannot read the line "{line}"; expected "word: end" or "word: start-end" with '
-                    'fractions of the run from 0 to 1, like "hat: 0.2-0.6".'
-                )
-            try:
-                windows.append((match[1], Window(float(match[2] or 0.0), float(match[3]))))
-            except ValueError as error:
-                raise ValueError(f'In the line "{line}": {error}') from None
-            position = match.end()
-    return tuple(windows)
+    lines = filter(None, map(str.strip, text.splitlines()))
+    return tuple(window for line in lines for window in _windows(line))
+
+
+def _windows(line: str) -> Iterator[tuple[str, Window]]:
+    """The entries of a line. A phrase may hold commas and colons; its window is behind its last colon."""
+    begun: list[str] = []
+    for part in line.split(","):
+        phrase, _, window = part.rpartition(":")
+        match = _WINDOW.fullmatch(window)
+        name = ",".join([*begun, phrase]).strip() if match else ""
+        if match is None or not name:
+            begun.append(part)
+            continue
+        try:
+            yield name, Window(float(match[1] or 0.0), float(match[2]))
+        except ValueError as error:
+            raise ValueError(f'In the line "{line}": {error}') from None
+        begun = []
+    if "".join(begun).strip() or len(begun) > 1:
+        raise ValueError(
+            f'Cannot read the line "{line}"; expected "word: end" or "word: start-end" with '
+            'fractions of the run from 0 to 1, like "hat: 0.2-0.6".'
+        )
 
 
 def step_of(sigma: float, sigmas: list[float]) -> int:

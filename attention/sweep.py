@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .edit import GAIN_LIMIT, Edit
+from .plan import check_words
 from .prompt import split_words
 from .schedule import TauSchedule, Window
 
@@ -28,14 +29,13 @@ def sweep(
     """
     if len(edit.targets) != 1:
         raise ValueError(
-            f"A sweep repeats one target, but the edit has {len(edit.targets)}; connect the edit from before "
-            "Add Target."
+            f"A sweep repeats one target, but the edit has {len(edit.targets)}; give it an edit with one."
         )
     if not LIMITS[0] <= count <= LIMITS[1]:
         raise ValueError(f"count is {count}; expected {LIMITS[0]} to {LIMITS[1]}.")
     if parameter not in PARAMETERS:
         raise ValueError(f"parameter is {parameter!r}; expected one of {', '.join(PARAMETERS)}.")
-    tau.check_words(edit)
+    check_words(edit, tau)
     (target,) = edit.targets
     if parameter == "scale":
         tokens = _tokens_to_scale(edit, words)
@@ -65,7 +65,7 @@ def _tokens_to_scale(edit: Edit, words: str) -> list[int]:
     (target,) = edit.targets
     phrases = split_words(words)
     if phrases:
-        return [token for phrase in phrases for token in edit.find_in_targets(phrase)[0]]
+        return [token for phrase in phrases for token in edit.find(phrase, (1,))[1]]
     weighted = (target.gain != 1.0).nonzero().flatten().tolist()
     if weighted:
         return weighted

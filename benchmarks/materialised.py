@@ -38,11 +38,13 @@ class _Maps:
 
     def cross(self, q: Tensor, k: Tensor, v: Tensor, options: dict) -> Tensor:
         """A*_j = w c (m (A_s M)_j + (1 - m) A_t,j) + (1 - w) A_t,j in the targets' rows."""
+        from p2p.attention.plan import cross_weights
+
         progress = _progress(options)
         maps = _maps(q, k, options["n_heads"])
         for source in _sources(options, q.shape[0], self.edit.branches):
             for n, target in enumerate(self.edit.targets, start=1):
-                w = self.tau.cross_weights(target, progress).to(maps)
+                w = cross_weights(target, self.tau, progress).to(maps)
                 c, m, mapping = (x.to(maps) for x in (target.gain, target.inherits, target.mapping))
                 own = maps[source + n]
                 edited = c * (m * (maps[source] @ mapping) + (1 - m) * own)

@@ -28,7 +28,10 @@ class Model:
     def edit(self, edit: Any) -> Any:
         """The edit with such conditionings."""
         source, *targets = (
-            replace(branch, conditioning=self.conditioning(branch.conditioning))
+            replace(
+                branch,
+                prompt=replace(branch.prompt, conditioning=self.conditioning(branch.prompt.conditioning)),
+            )
             for branch in (edit.source, *edit.targets)
         )
         return replace(edit, source=source, targets=tuple(targets))

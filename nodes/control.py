@@ -21,6 +21,7 @@ from .types import (
     TauIO,
     blend_input,
     check_wiring,
+    check_words,
     edit_input,
     is_wired,
     keep_sources,
@@ -257,6 +258,7 @@ class AttentionController(io.ComfyNode):
         reuse_gb: float = 0.0,
     ) -> io.NodeOutput:
         check_wiring(cls.hidden)
+        check_words(edit, tau, blend)
         maps = MapsHandle(wanted=is_wired(cls.hidden, MAPS_OUTPUT))
         keep = keep_sources(cls.hidden, reuse_gb)
         controlled, positive = control(

@@ -11,6 +11,7 @@ from aiohttp import web
 
 from ..attention.alignment import Alignment
 from ..attention.prompt import Prompt
+from ..sampling.encode import EncodedPrompt
 from ..sampling.preview import preview
 
 ROUTE = "/prompt-to-prompt/alignment"
@@ -24,11 +25,12 @@ FIELDS = {"source": None, "target": None, "mode": "auto", "family": "clip"}
 _worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prompt-to-prompt")
 
 
-def alignment_data(source: Prompt, target: Prompt, alignment: Alignment) -> dict[str, Any]:
+def alignment_data(source: EncodedPrompt, target: EncodedPrompt, alignment: Alignment) -> dict[str, Any]:
     """An alignment for the page.
 
     source, target: text, and words with their number of tokens. pairings: words by index that share a map,
-    swapped or not. new, removed: words by index. description: the same for people, one line per word.
+    swapped or not. new, removed: words by index. description: the same for people, one line per word, and the
+    textual inversions that have no file.
     """
 
     def words(prompt: Prompt) -> dict[str, Any]:
@@ -37,6 +39,8 @@ def alignment_data(source: Prompt, target: Prompt, alignment: Alignment) -> dict
             "words": [{"text": word.text, "tokens": len(word.tokens)} for word in prompt.words],
         }
 
+    missing = dict.fromkeys(source.missing + target.missing)
+    lines = [alignment.describe(source, target), *(f"! {name} (no such file, left out)" for name in missing)]
     return {
         "source": words(source),
         "target": words(target),
@@ -46,7 +50,7 @@ def alignment_data(source: Prompt, target: Prompt, alignment: Alignment) -> dict
         ],
         "new": alignment.new,
         "removed": alignment.removed,
-        "description": alignment.describe(source, target),
+        "description": "\n".join(lines),
     }
 
 

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..attention.alignment import MODES
 from ..attention.edit import GAIN_LIMIT, Edit, words_to_reweight
-from ..sampling.encode import add_target, check_prompt, start_edit
+from ..sampling.encode import add_target, check_prompt, encoded, start_edit
 from .page import alignment_data
 from .types import CATEGORY, EditIO, edit_input
 
@@ -25,8 +25,8 @@ def _mode_input() -> io.Combo.Input:
 
 def _alignment(edit: Edit) -> dict[str, tuple]:
     """What the page shows of an edit's last target."""
-    target = edit.targets[-1]
-    return {"alignment": (alignment_data(edit.source.prompt, target.prompt, target.alignment),)}
+    source, *_, target = encoded(edit)
+    return {"alignment": (alignment_data(source, target, edit.targets[-1].alignment),)}
 
 
 class PromptPair(io.ComfyNode):

@@ -21,6 +21,7 @@ from .types import (
     MapsIO,
     blend_input,
     check_options,
+    check_words,
     edit_input,
     is_wired,
     keep_sources,
@@ -152,6 +153,7 @@ class PairedSampler(io.ComfyNode):
             sampler_name=(sampler_name, comfy.samplers.KSampler.SAMPLERS),
             scheduler=(scheduler, comfy.samplers.KSampler.SCHEDULERS),
         )
+        check_words(edit, tau, blend)
         maps = MapsHandle(wanted=is_wired(cls.hidden, MAPS_OUTPUT))
         source, targets, paired = sample_pairs(
             model,

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..attention.edit import Edit
 from ..attention.schedule import TauSchedule
 from ..attention.sweep import LIMITS, PARAMETERS, sweep
-from .types import CATEGORY, EditIO, TauIO
+from .types import CATEGORY, EditIO, TauIO, check_words
 
 
 class TauSweep(io.ComfyNode):
@@ -57,5 +57,11 @@ class TauSweep(io.ComfyNode):
     def execute(
         cls, edit: Edit, tau: TauSchedule, count: int, parameter: str, words: str = ""
     ) -> io.NodeOutput:
+        if len(edit.targets) != 1:
+            raise ValueError(
+                f"A sweep repeats one target, but the edit has {len(edit.targets)}; connect the edit from "
+                "before Add Target."
+            )
+        check_words(edit, tau)
         swept, labels = sweep(edit, tau, count, parameter, words)
         return io.NodeOutput(swept, "\n".join(labels))

@@ -1,10 +1,15 @@
 """The values that travel between this pack's nodes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from comfy_api.latest import io
 
+from ..attention import plan
+from ..attention.blend import LocalBlend, regions
+from ..attention.edit import Edit
+from ..attention.schedule import TauSchedule
 from ..sampling.reuse import Keep
 
 CATEGORY = "prompt-to-prompt"
@@ -99,3 +104,21 @@ def check_options(**choices: tuple[str, Sequence[str]]) -> None:
     for name, (value, options) in choices.items():
         if value not in options:
             raise ValueError(f"{name} is {value!r}; expected one of {', '.join(options)}.")
+
+
+def check_words(edit: Edit, tau: TauSchedule, blend: LocalBlend | None = None) -> None:
+    """Raise ValueError, which names node and widget, for words of tau or blend that the edit lacks."""
+    with _written_in("tau Scheduler"):
+        plan.check_words(edit, tau)
+    if blend is not None:
+        with _written_in("Local Blend"):
+            regions(blend, edit)
+
+
+@contextmanager
+def _written_in(node: str) -> Iterator[None]:
+    """Say in a ValueError from inside which node holds the words."""
+    try:
+        yield
+    except ValueError as error:
+        raise type(error)(f"{node}, {error}") from None

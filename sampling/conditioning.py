@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..attention.edit import Edit
 from ..attention.plan import conditioning_length
+from .encode import encoded
 from .host import KEY
 
 
@@ -31,7 +32,7 @@ def paired_conditioning(edit: Edit, mark: str) -> list:
 
     Raises ValueError if the prompts were encoded into different numbers or shapes of entries.
     """
-    branches = [edit.source.conditioning, *(target.conditioning for target in edit.targets)]
+    branches = [prompt.conditioning for prompt in encoded(edit)]
     if len({len(entries) for entries in branches}) != 1:
         raise ValueError(
             "Source and targets were encoded into different numbers of conditionings "

@@ -9,10 +9,12 @@ from typing import Any
 from comfy.patcher_extension import WrappersMP
 
 from ..attention.blend import LocalBlend, regions
-from ..attention.edit import Edit
+from ..attention.edit import Edit, Source
+from ..attention.plan import check_words
 from ..attention.schedule import TauSchedule, Window
 from .blend import Blending
 from .conditioning import paired_conditioning
+from .encode import encoded
 from .hooks import Hooks
 from .host import KEY
 from .maps import MapRecording, MapsHandle
@@ -43,7 +45,7 @@ def control(
     Raises ValueError for an unsupported model, a model with a controller on it or a trajectory of another
     model, WordNotFound for words of the schedule that are in no target or of the blend that are in no prompt.
     """
-    tau.check_words(edit)
+    check_words(edit, tau)
     layers = layers_of(model.get_model_object("diffusion_model"))
     follows = follow(model, trajectory)
     entries: list[Entry] = [] if follows is None else [follows]
@@ -88,7 +90,7 @@ def plug_and_play(
                 "The source is denoised under source_conditioning, so its prompt's words have no maps; "
                 "disconnect source_conditioning or the maps output."
             )
-        edit = replace(edit, source=replace(edit.source, conditioning=source_conditioning))
+        edit = replace(edit, source=Source(replace(encoded(edit)[0], conditioning=source_conditioning)))
     layers = layers_of(model.get_model_object("diffusion_model"))
     method = PlugAndPlay(Window(0.0, feature_end), Window(0.0, attention_end), layers)
     follows = follow(model, trajectory)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import weakref
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from comfy.sd import CLIP
 
 from ..attention.edit import Edit, Source
 from ..attention.prompt import WORD_END, Prompt, read_prompt, spell
@@ -15,24 +19,50 @@ EMBEDDING = "embedding:"
 """So the host's tokenizers mark the name of a textual inversion."""
 
 
+@dataclass(frozen=True)
+class EncodedPrompt(Prompt):
+    """A prompt as the host encoded it.
+
+    missing: textual inversions that the text names and the host did not find; it leaves them out.
+    conditioning: the host's CONDITIONING, or None where only the words were read.
+    encoder: what the CLIP is known by, see `_known_by`.
+    """
+
+    missing: tuple[str, ...] = ()
+    conditioning: Any = field(default=None, repr=False, compare=False)
+    encoder: tuple | None = field(default=None, repr=False, compare=False)
+
+
+def encoded(edit: Edit) -> tuple[EncodedPrompt, ...]:
+    """The prompt of each branch with its encoding. Raises ValueError for a prompt that was never encoded."""
+    prompts = tuple(prompt for prompt in edit.prompts if isinstance(prompt, EncodedPrompt))
+    if len(prompts) != edit.branches:
+        raise ValueError("A prompt of the edit was not encoded; make edits with start_edit and add_target.")
+    return prompts
+
+
 def check_prompt(text: str, role: str) -> None:
     """Raise ValueError for an empty prompt; role is "source" or "target"."""
     if not text.strip():
         raise ValueError(f"The {role} prompt is empty; expected at least one word.")
 
 
-def encode(clip: Any, text: str, role: str) -> tuple[Prompt, list]:
+def encode(clip: Any, text: str, role: str) -> EncodedPrompt:
     """Tokenize and encode a prompt with a ComfyUI CLIP object.
 
-    role: "source" or "target", for messages. Returns the prompt's words and the host's CONDITIONING.
+    role: "source" or "target", for messages.
     Raises ValueError for an empty prompt, for text encoders without CLIP's vocabulary, and for textual
     inversions that were made for another text encoder.
     """
     prompt = read(clip, text, role)
-    return prompt, clip.encode_from_tokens_scheduled(clip.tokenize(text))
+    return replace(prompt, conditioning=_conditioning(clip, text), encoder=_known_by(clip))
 
 
-def read(clip: Any, text: str, role: str) -> Prompt:
+def _conditioning(clip: Any, text: str) -> list:
+    return clip.encode_from_tokens_scheduled(clip.tokenize(text))
+
+
+def read(clip: Any, text: str, role: str) -> EncodedPrompt:
     """The words of a prompt; raises what `encode` raises.
 
     clip: a ComfyUI CLIP object, of which only `tokenize` and `tokenizer` are used.
@@ -40,15 +70,16 @@ def read(clip: Any, text: str, role: str) -> Prompt:
     check_prompt(text, role)
     encoders, inversions = _tokenize(clip, text)
     pieces = _pieces(clip, encoders, [name for name, found in inversions if found])
-    prompt = read_prompt(text, pieces, tuple(name for name, found in inversions if not found))
+    prompt = read_prompt(text, pieces)
     if not prompt.words:
         raise ValueError(f'The {role} prompt "{text}" has no word that the text encoder reads.')
-    return prompt
+    missing = tuple(name for name, found in inversions if not found)
+    return EncodedPrompt(text, prompt.words, prompt.chunks, missing)
 
 
 def start_edit(clip: Any, source: str, target: str, mode: str) -> Edit:
     """An edit of one source and one target prompt."""
-    return _with_target(clip, Edit(Source(*encode(clip, source, "source"))), target, mode)
+    return Edit(Source(encode(clip, source, "source"))).with_target(encode(clip, target, "target"), mode)
 
 
 def add_target(clip: Any, edit: Edit, target: str, mode: str) -> Edit:
@@ -56,16 +87,44 @@ def add_target(clip: Any, edit: Edit, target: str, mode: str) -> Edit:
 
     Raises ValueError for another text encoder than the source's: one that encodes the source differently.
     """
-    before = edit.source.conditioning
-    again = clip.encode_from_tokens_scheduled(clip.tokenize(edit.source.text))
-    if len(again) != len(before) or not all(
-        _alike(one, other) for (one, _), (other, _) in zip(again, before, strict=True)
-    ):
+    if not _encoded_by(clip, encoded(edit)[0]):
         raise ValueError(
             "The clip is not the one that encoded the source prompt; connect the same CLIP, with the same "
             "LoRAs and clip skip, to Prompt Pair and Add Target."
         )
-    return _with_target(clip, edit, target, mode)
+    return edit.with_target(encode(clip, target, "target"), mode)
+
+
+def _encoded_by(clip: Any, prompt: EncodedPrompt) -> bool:
+    """Whether a CLIP gives a prompt the encoding that it has.
+
+    It is encoded again only by a CLIP that is known by something else, which a checkpoint or LoRA that was
+    loaded anew is too.
+    """
+    if prompt.encoder is not None and prompt.encoder == _known_by(clip):
+        return True
+    before, again = prompt.conditioning, _conditioning(clip, prompt.text)
+    return len(again) == len(before) and all(
+        _alike(one, other) for (one, _), (other, _) in zip(again, before, strict=True)
+    )
+
+
+def _known_by(clip: Any) -> tuple | None:
+    """What CLIPs that encode alike share: weights with their patches, clip skip and the tokenizer's options.
+
+    Equal for a CLIP and its clones until one of them is changed. Keeps neither model nor tokenizer alive.
+    None for a CLIP with hooks, or of other nodes' making, of which nothing is known.
+    """
+    patcher = getattr(clip, "patcher", None)
+    if type(clip) is not CLIP or patcher.forced_hooks or clip.use_clip_schedule or patcher.object_patches:
+        return None
+    return (
+        patcher.patches_uuid,
+        weakref.ref(clip.cond_stage_model),
+        weakref.ref(clip.tokenizer),
+        clip.layer_idx,
+        tuple(sorted(clip.tokenizer_options.items())),
+    )
 
 
 def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -74,11 +133,6 @@ def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
         return False
     one, other = one.float(), other.to(one.device, torch.float32)
     return bool((one - other).norm() <= 0.01 * other.norm())
-
-
-def _with_target(clip: Any, edit: Edit, target: str, mode: str) -> Edit:
-    prompt, conditioning = encode(clip, target, "target")
-    return edit.with_target(prompt, mode, conditioning)
 
 
 def _tokenize(clip: Any, text: str) -> tuple[dict, list[tuple[str, bool]]]:
@@ -106,8 +160,8 @@ def _noting(look_up: Callable[[str], tuple], text: str, noted: list[tuple[str, b
 
     def noting(rest: str) -> tuple:
         """rest: the text from the name on. Later hosts give (vectors, name, text behind it)."""
-        found = look_up(rest) if rest.strip() else (None, "", "")
-        name = (found[1] if len(found) == 3 else rest.split()[0]).strip(",")
+        found = look_up(rest) if rest and not rest.isspace() else (None, "", "")
+        name = (found[1] if len(found) == 3 else rest.split(maxsplit=1)[0]).strip(",")
         if not name:
             raise ValueError(f'The prompt "{text}" has "{EMBEDDING}" without a name behind it.')
         noted.append((EMBEDDING + name, found[0] is not None))
@@ -152,9 +206,11 @@ def _inversion_pieces(words: list[int], inversions: list[str]) -> list[str]:
     words: which word of the prompt each vector belongs to.
     """
     pieces, names = [], iter(inversions)
-    for n, word in enumerate(words):
-        letters = spell(next(names, EMBEDDING)) if word not in words[:n] else ""
-        pieces.append(letters + (WORD_END if word not in words[n + 1 :] else ""))
+    length, left = Counter(words), Counter(words)
+    for word in words:
+        letters = spell(next(names, EMBEDDING)) if left[word] == length[word] else ""
+        left[word] -= 1
+        pieces.append(letters if left[word] else letters + WORD_END)
     return pieces
 
 

@@ -9,8 +9,7 @@ import torch
 from comfy import sd1_clip
 
 from ..attention.alignment import Alignment, align
-from ..attention.prompt import Prompt
-from .encode import read
+from .encode import EncodedPrompt, read
 
 FAMILIES = ("clip",)
 """Families of tokenizers: CLIP's vocabulary is the one of SD1.x, SD2.x and SDXL."""
@@ -46,7 +45,7 @@ def _reader(family: str) -> WordReader:
 
 def preview(
     source: str, target: str, mode: str, family: str = "clip", most_words: int = 1000
-) -> tuple[Prompt, Prompt, Alignment]:
+) -> tuple[EncodedPrompt, EncodedPrompt, Alignment]:
     """Source and target as a text encoder of the family would read them, and their alignment.
 
     The words are those that sampling sees; the token count of a textual inversion is not known here and

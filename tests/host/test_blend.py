@@ -255,11 +255,12 @@ def test_a_sampler_without_a_state_to_edit_is_an_error(studio, edit):
 
 
 def test_wrong_words_are_errors_before_sampling(studio, edit):
-    for words, source_words, exclude in (("zebra", "", ""), ("", "zebra", ""), ("car", "", "zebra")):
-        blend = LocalBlendNode.execute(words, source_words, exclude, 0.3, 0.2).args[0]
-        with pytest.raises(ValueError, match='"zebra" is not in the prompt'):
+    for widget in ("words", "source_words", "exclude"):
+        given = {"words": "car", "source_words": "", "exclude": "", widget: "zebra"}
+        blend = LocalBlendNode.execute(**given, threshold=0.3, start=0.2).args[0]
+        with pytest.raises(ValueError, match=f'^Local Blend, {widget}: "zebra" is not in the prompt'):
             AttentionController.execute(studio.model, edit, PART, blend)
-    with pytest.raises(ValueError, match="knows no region"):
+    with pytest.raises(ValueError, match="nothing to go by"):
         LocalBlendNode.execute(" , ", "", "cat", 0.3, 0.2)
 
 

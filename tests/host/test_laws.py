@@ -13,6 +13,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_custom_sampler as custom
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from comfy_extras.nodes_perpneg import PerpNegGuider
+from p2p.attention.plan import cross_weights
 from p2p.attention.schedule import TauSchedule, Window
 from p2p.sampling.controller import control
 from p2p.tests import naive
@@ -203,7 +204,7 @@ def naive_run(studio, edit, tau, settings, latent, negative=None):
     model = studio.model.clone()
     sigmas = sigmas_of(model, settings)[:-1]
     longest = max(edit.source.prompt.length, *(target.prompt.length for target in edit.targets))
-    encoded = [edit.source.conditioning, *(target.conditioning for target in edit.targets)]
+    encoded = [prompt.conditioning for prompt in edit.prompts]
     positive = [[torch.cat([c[0][0].repeat(1, longest // c[0][0].shape[1], 1) for c in encoded]), {}]]
     size = max(latent["samples"].shape[-2:])
 
@@ -223,7 +224,7 @@ def naive_run(studio, edit, tau, settings, latent, negative=None):
 
     def cross(q, k, v, options):
         def edited_row(s, n, target):
-            weights = tau.cross_weights(target, progress(options))
+            weights = cross_weights(target, tau, progress(options))
             own, source = target.prompt.length, edit.source.prompt.length
             return naive.cross_row(
                 q[s],

@@ -9,6 +9,7 @@ import comfy.ldm.modules.attention as host_attention
 import p2p.sampling.maps as sampling_maps
 import pytest
 import torch
+from p2p.attention.plan import cross_weights
 from p2p.attention.word_maps import nearest
 from p2p.nodes import AttentionController, PairedLatent, PairedSampler
 from p2p.nodes.maps import AttentionMaps
@@ -81,7 +82,7 @@ def word_maps(edit, tau, witness, sigmas, branch, tokens, pairs=1):
                 source, own = rows[pair * edit.branches], rows[pair * edit.branches + branch]
                 if branch:
                     target = edit.targets[branch - 1]
-                    weights = tau.cross_weights(target, step / (len(sigmas) - 1)).float()
+                    weights = cross_weights(target, tau, step / (len(sigmas) - 1)).float()
                     own = naive.edited_map(
                         source, own, target.mapping, target.inherits, torch.ones_like(target.gain), weights
                     )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
 from inspect import signature
 
 import latent_preview
 import pytest
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.sd import CLIP
 from p2p.attention.prompt import WordNotFound
 from p2p.attention.schedule import TauSchedule, Window
 from p2p.nodes import (
@@ -320,6 +324,74 @@ def test_a_further_target_needs_the_sources_text_encoder(studio, change, fits):
     else:
         with pytest.raises(ValueError, match="clip is not the one that encoded the source prompt"):
             AddTarget.execute(clip, studio.edit(), "a castle", "auto")
+
+
+@pytest.fixture
+def encodings(monkeypatch):
+    """How often the host encoded anything."""
+    count, encode = [], CLIP.encode_from_tokens_scheduled
+
+    def counted(*given, **options):
+        count.append(given)
+        return encode(*given, **options)
+
+    monkeypatch.setattr(CLIP, "encode_from_tokens_scheduled", counted)
+    return count
+
+
+def lora(clip, strength):
+    clip = clip.clone()
+    name, weight = next((n, w) for n, w in clip.cond_stage_model.state_dict().items() if "fc1.weight" in n)
+    assert clip.add_patches({name: ("diff", (torch.randn_like(weight),))}, strength)
+    return clip
+
+
+def skipping(clip):
+    clip = clip.clone()
+    clip.clip_layer(-2)
+    return clip
+
+
+@pytest.mark.parametrize(
+    ("change", "fits", "encoded"),
+    [
+        (lambda clip: clip, True, 1),
+        (lambda clip: clip.clone(), True, 1),
+        (lambda clip: lora(clip, 0.0), True, 2),  # known by another name, and the same
+        (lambda clip: lora(clip, 1.0), False, 1),
+        (skipping, False, 1),
+    ],
+    ids=["the same", "a clone", "a LoRA of no strength", "a LoRA", "clip skip"],
+)
+def test_a_further_target_encodes_the_source_again_only_for_a_clip_that_may_be_another(
+    studio, encodings, change, fits, encoded
+):
+    edit = studio.edit()
+    clip = change(studio.clip)
+    encodings.clear()
+    if fits:
+        assert len(AddTarget.execute(clip, edit, "a castle", "auto").args[0].targets) == 2
+    else:
+        with pytest.raises(ValueError, match="clip is not the one that encoded the source prompt"):
+            AddTarget.execute(clip, edit, "a castle", "auto")
+    assert len(encodings) == encoded
+
+
+def test_a_further_target_takes_a_clone_of_a_patched_clip(studio):
+    patched = lora(studio.clip, 1.0)
+    edit = PromptPair.execute(patched, "a cat", "a dog", "auto").args[0]
+    assert AddTarget.execute(patched.clone(), edit, "a castle", "auto").args[0].branches == 3
+
+
+def test_an_edit_keeps_no_text_encoder_alive(studio):
+    clip = studio.clip.clone()
+    clip.tokenizer = copy.copy(clip.tokenizer)
+    tokenizer, patcher = weakref.ref(clip.tokenizer), weakref.ref(clip.patcher)
+    edit = PromptPair.execute(clip, "a cat", "a dog", "auto").args[0]
+    del clip
+    gc.collect()
+    assert tokenizer() is None and patcher() is None
+    assert AddTarget.execute(studio.clip, edit, "a castle", "auto").args[0].branches == 3
 
 
 # Attention Controller

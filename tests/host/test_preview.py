@@ -32,7 +32,7 @@ def test_the_preview_is_what_the_node_finds(demo_model, source, target, mode):
     if not source.strip() or not target.strip():
         return
     edit = start_edit(demo_model[1], source, target, mode)
-    shown = alignment_data(edit.source.prompt, edit.targets[0].prompt, edit.targets[0].alignment)
+    shown = alignment_data(*edit.prompts, edit.targets[0].alignment)
     assert asked(source=source, target=target, mode=mode) == shown
 
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from p2p.attention.alignment import MODES, align, token_mapping
 from p2p.attention.prompt import WordNotFound, split_words
 from p2p.attention.schedule import TauSchedule, Window
+from p2p.nodes.page import alignment_data
 from p2p.sampling.encode import read
 from p2p.tests.conftest import ROOT
 from p2p.tests.host.runs import EDITED, EMPTY, PART, Settings, Studio, assert_close, difference, empty
@@ -367,7 +368,8 @@ def test_a_textual_inversion_without_a_file_is_named_in_the_alignment(inversions
     clip = clip_with(inversions)
     left, right = read(clip, "a cat", "source"), read(clip, "a embedding:lost cat", "target")
     assert right.missing == ("embedding:lost",)
-    assert "! embedding:lost (no such file, left out)" in align(left, right, "auto").describe(left, right)
+    shown = alignment_data(left, right, align(left, right, "auto"))["description"]
+    assert shown.splitlines() == ["a cat (shared)", "! embedding:lost (no such file, left out)"]
     with pytest.raises(ValueError, match="no word"):
         read(clip, "embedding:lost", "target")
 
@@ -470,7 +472,7 @@ EXAMPLES = re.findall(r"```alignment\nsource: (.*)\ntarget: (.*)\nmode: (.*)\n\n
 @pytest.mark.parametrize(("source", "target", "mode", "description"), EXAMPLES)
 def test_examples_of_the_docs_are_what_the_node_shows(page_clip, source, target, mode, description):
     left, right = read(page_clip, source, "source"), read(page_clip, target, "target")
-    assert align(left, right, mode).describe(left, right) + "\n" == description
+    assert alignment_data(left, right, align(left, right, mode))["description"] + "\n" == description
 
 
 def test_all_examples_of_the_docs_are_checked():

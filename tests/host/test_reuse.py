@@ -62,7 +62,7 @@ def rows(monkeypatch):
 
 
 def sample(studio, edit, tau=PART, settings=None, latent=None, way="P2PSampler", reuse=1.0, **given):
-    """A paired run: (sources, targets). reuse: GB; with 0 by another node of the graph, which keeps nothing."""
+    """A paired run: (sources, targets). reuse: GB; 0 stands for another node, which keeps nothing."""
     s, latent = settings or Settings(), latent or empty()
     place = ("1", "2") if reuse else ("2", "1")
     sampler, controller = (in_graph(node, *place) for node in (PairedSampler, AttentionController))

@@ -55,3 +55,10 @@ def test_the_labels_fit_the_comparison_grid(studio):
 def test_an_unknown_parameter_is_refused(studio):
     with pytest.raises(ValueError, match="parameter is 'tau'; expected one of cross_end, self_end, scale"):
         TauSweep.execute(studio.edit(), TAU, 4, "tau")
+
+
+def test_an_edit_of_several_targets_and_a_word_of_tau_are_errors_that_say_where_to_change_them(studio):
+    with pytest.raises(ValueError, match="the edit has 2; connect the edit from before Add Target"):
+        TauSweep.execute(studio.edit(SOURCE, "a dog", "a hat"), TAU, 4, "cross_end")
+    with pytest.raises(ValueError, match='^tau Scheduler, words: "zebra" is not in the prompt'):
+        TauSweep.execute(studio.edit(), TauSchedule(words=(("zebra", Window(0, 1)),)), 4, "cross_end")

@@ -33,7 +33,7 @@ clips = pytest.mark.parametrize("clip", CLIPS.values(), ids=CLIPS.keys())
 
 
 def prompt_of(text, clip=SD1):
-    return encode(clip, text, "source")[0]
+    return encode(clip, text, "source")
 
 
 def chunks_of(text, clip):
@@ -218,4 +218,4 @@ def test_weights_are_stripped_before_alignment_and_kept_in_the_encoding(demo_mod
     assert torch.equal(plain.targets[0].inherits, weighted.targets[0].inherits)
     assert (weighted.targets[0].gain == 1).all()
     expected = clip.encode_from_tokens_scheduled(clip.tokenize("a (dog:0.7) riding a (bicycle:1.2)"))
-    assert torch.equal(weighted.targets[0].conditioning[0][0], expected[0][0])
+    assert torch.equal(weighted.targets[0].prompt.conditioning[0][0], expected[0][0])

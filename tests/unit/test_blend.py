@@ -113,7 +113,7 @@ def test_words_are_found_in_their_prompts():
     [
         (("zebra", "", ""), 'words: "zebra" is not in the prompt "a dog on a mat". Its words are: a, dog'),
         (("dog", "dog", ""), 'source_words: "dog" is not in the prompt "a cat on a mat"'),
-        (("dog", "dog", ""), "A target has it; write it in words."),
+        (("dog", "dog", ""), "Target 1 has it; write it in words."),
         (("cat", "", ""), 'words: "cat" is not in the prompt "a dog on a mat"'),
         (("cat", "", ""), "The source has it; write it in source_words."),
         (("dog", "", "zebra"), 'exclude: "zebra" is not in the prompt "a cat on a mat"'),
@@ -124,7 +124,7 @@ def test_words_are_found_in_their_prompts():
 def test_a_word_that_is_not_there_is_an_error_that_lists_the_words(blend, message):
     with pytest.raises(WordNotFound) as error:
         regions(read_blend(*blend, 0.3, 0.2), make_edit("a cat on a mat", "a dog on a mat"))
-    assert message in str(error.value) and str(error.value).startswith("Local Blend, ")
+    assert message in str(error.value)
 
 
 def test_a_target_that_has_none_of_the_words_is_an_error_that_names_it():
@@ -137,8 +137,8 @@ def test_a_target_that_has_none_of_the_words_is_an_error_that_names_it():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "knows no region"),
-        ({"exclude": ("cat",)}, "knows no region"),
+        ({}, "nothing to go by"),
+        ({"exclude": ("cat",)}, "nothing to go by"),
         ({"words": ("cat",), "threshold": 1.5}, "threshold is 1.5; expected a number from 0 to 1"),
         ({"words": ("cat",), "start": -0.1}, "start is -0.1"),
         ({"words": ("cat",), "softness": float("nan")}, "softness is nan"),

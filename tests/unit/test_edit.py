@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -60,6 +62,29 @@ def test_scales_of_several_calls_multiply(edit):
     assert gains(edit.reweighted("dog", 0.5).reweighted("dog", -2).targets[0])["dog"] == -1
 
 
+@pytest.mark.parametrize("scales", [(2, 2), (2, -1, 2), (-2, 1.1), (0.5, 2, -2, 1.5)])
+def test_scales_whose_product_leaves_the_range_are_refused(edit, scales):
+    *before, last = scales
+    for scale in before:
+        edit = edit.reweighted("dog", scale)
+    product = math.prod(before)
+    with pytest.raises(ValueError, match=f'"dog" of target 1 has scale {product:g} already; .* -2 to 2'):
+        edit.reweighted("dog", last)
+    with pytest.raises(ValueError, match='"dog on" of target 1 has scale'):
+        edit.reweighted("dog on", last)
+
+
+@given(st.lists(st.floats(-2, 2), min_size=1, max_size=6))
+def test_gain_stays_in_its_range_whatever_is_multiplied(scales):
+    edit = Edit(Source(prompt_of("a cat"))).with_target(prompt_of("a dog"), "auto")
+    for scale in scales:
+        try:
+            edit = edit.reweighted("dog", scale)
+        except ValueError:
+            break
+    assert edit.targets[0].gain.abs().max() <= 2
+
+
 def test_target_zero_means_every_target_that_has_the_word(edit):
     scaled = edit.reweighted("dog, rug, on", 2.0, 0)
     assert gains(scaled.targets[0]) == {"a": 1, "dog": 2, "on": 2, "mat": 1}
@@ -82,6 +107,32 @@ def test_a_word_of_the_source_alone_is_an_error_that_says_so(edit):
         only.reweighted("cat", 2.0)
     with pytest.raises(WordNotFound, match=r"mat\.$"):
         only.reweighted("zebra", 2.0)
+
+
+@pytest.mark.parametrize(
+    ("phrase", "branches", "found"),
+    [
+        ("mat", (0, 1, 2), {0: (5,), 1: (5,)}),
+        ("on a", (1, 2), {1: (3, 4), 2: (3, 4)}),
+        ("a#2", (2,), {2: (4,)}),
+        ("dog", (2, 1), {1: (2,)}),
+    ],
+)
+def test_a_phrase_is_found_in_each_of_the_branches_that_have_it(edit, phrase, branches, found):
+    assert edit.find(phrase, branches) == found
+
+
+@pytest.mark.parametrize(
+    ("phrase", "branches", "message"),
+    [
+        ("dog", (0,), r'^in words: "dog" .*: a, cat, on, mat\. Target 1 has it; look there\.$'),
+        ("mat", (2,), r'^in words: "mat" .*: a, cat, on, rug\. The source has it; look there\.$'),
+        ("zebra", (0, 1, 2), r'^in words: "zebra" .*: a, cat, on, mat\. .*: a, dog, on, mat\.$'),
+    ],
+)
+def test_a_phrase_that_no_branch_has_is_an_error_that_says_where_it_is(edit, phrase, branches, message):
+    with pytest.raises(WordNotFound, match=message):
+        edit.find(phrase, branches, asked="in words", advice="look there")
 
 
 @pytest.mark.parametrize("scale", [2.1, -2.5, float("nan"), float("inf")])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from p2p.attention.alignment import MODES
 from p2p.attention.edit import Edit, Source
 from p2p.attention.inject import Rows, cross_attention, paired_rows, self_attention, self_step
-from p2p.attention.plan import conditioning_length, make_plan
+from p2p.attention.plan import conditioning_length, cross_weights, make_plan
 from p2p.attention.schedule import TauSchedule, Window
 from p2p.tests import naive
 from p2p.tests.prompts import prompt_of
@@ -98,7 +98,7 @@ def expected_cross(edit, tau, progress, q, own, offset, pairs):
             out.append(naive.plain(q[row], k, v, HEADS))
             continue
         target = edit.targets[branch - 1]
-        weights = tau.cross_weights(target, progress)
+        weights = cross_weights(target, tau, progress)
         origin = row - branch
         out.append(
             naive.cross_row(

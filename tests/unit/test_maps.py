@@ -6,7 +6,7 @@ import pytest
 import torch
 from p2p.attention.inject import paired_rows
 from p2p.attention.maps import map_rows, map_step, token_columns, token_maps
-from p2p.attention.plan import conditioning_length, make_plan
+from p2p.attention.plan import conditioning_length, cross_weights, make_plan
 from p2p.attention.schedule import TauSchedule, Window
 from p2p.tests import naive
 from p2p.tests.unit.test_inject import HEADS, PIXELS, attend, make_edit, paired_keys, tensors
@@ -37,7 +37,7 @@ def expected(edit, tau, step, q, own, row, branch):
             target.mapping.double(),
             target.inherits,
             torch.ones_like(target.gain).double(),
-            tau.cross_weights(target, step / 10),
+            cross_weights(target, tau, step / 10),
         )
     return maps.mean(0)[:, list(edit.tokens[branch])]
 

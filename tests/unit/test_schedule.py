@@ -9,6 +9,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from p2p.attention.edit import Edit, Source
+from p2p.attention.plan import check_words, cross_weights
 from p2p.attention.prompt import WordNotFound
 from p2p.attention.schedule import TauSchedule, Window, parse_word_windows, step_of
 from p2p.tests.prompts import prompt_of
@@ -177,7 +178,7 @@ def test_a_words_own_window_stands_in_for_the_general_one():
     big, mat = list(target.prompt.find("big")), list(target.prompt.find("mat"))
     rest = [token for token in range(target.prompt.length) if token not in big + mat]
     for progress, weights in ((0.0, (1, 1, 0)), (0.3, (1, 0, 0)), (0.6, (1, 0, 1)), (0.9, (0, 0, 1))):
-        found = tau.cross_weights(target, progress)
+        found = cross_weights(target, tau, progress)
         assert (found[rest] == weights[0]).all()
         assert (found[big] == weights[1]).all()
         assert (found[mat] == weights[2]).all()
@@ -186,14 +187,15 @@ def test_a_words_own_window_stands_in_for_the_general_one():
 def test_a_window_of_a_word_holds_for_all_of_its_places_or_the_numbered_one():
     (target,) = edit_to("cat and cat").targets
     for word, tokens in (("cat", [1, 3]), ("cat#2", [3])):
-        weights = TauSchedule(cross=Window(0, 0), words=((word, Window(0, 1)),)).cross_weights(target, 0.5)
+        tau = TauSchedule(cross=Window(0, 0), words=((word, Window(0, 1)),))
+        weights = cross_weights(target, tau, 0.5)
         assert weights.nonzero().flatten().tolist() == tokens
 
 
 def test_words_fade_like_the_rest():
     (target,) = edit_to("a dog on a mat").targets
     tau = TauSchedule(cross=Window(0, 1), fade=0.4, words=(("dog", Window(0, 0.8)),))
-    weights = tau.cross_weights(target, 0.6)
+    weights = cross_weights(target, tau, 0.6)
     assert weights[target.prompt.find("dog")[0]] == pytest.approx(0.5)
     assert weights[target.prompt.find("mat")[0]] == 1.0
 
@@ -201,14 +203,14 @@ def test_words_fade_like_the_rest():
 def test_a_word_may_stand_in_one_of_several_targets():
     edit = edit_to("a dog on a mat", "a bird on a mat")
     tau = TauSchedule(words=(("bird", Window(0, 0)),))
-    tau.check_words(edit)
-    assert (tau.cross_weights(edit.targets[0], 0.0) == 1).all()
-    assert tau.cross_weights(edit.targets[1], 0.0)[edit.targets[1].prompt.find("bird")[0]] == 0
+    check_words(edit, tau)
+    assert (cross_weights(edit.targets[0], tau, 0.0) == 1).all()
+    assert cross_weights(edit.targets[1], tau, 0.0)[edit.targets[1].prompt.find("bird")[0]] == 0
 
 
 def test_a_word_that_no_target_has_is_an_error_that_lists_the_words():
-    with pytest.raises(WordNotFound, match="^tau Scheduler, words: .* a, dog, on, mat"):
-        TauSchedule(words=(("zebra", Window(0, 0)),)).check_words(edit_to("a dog on a mat"))
+    with pytest.raises(WordNotFound, match='^words: "zebra" .* a, dog, on, mat'):
+        check_words(edit_to("a dog on a mat"), TauSchedule(words=(("zebra", Window(0, 0)),)))
 
 
 def test_self_attention_has_its_own_window():

@@ -55,7 +55,7 @@ def test_scale_goes_from_minus_two_to_two_for_the_words_that_are_meant(words, ga
 @pytest.mark.parametrize(
     ("targets", "arguments", "error", "message"),
     [
-        (["a dog", "a hat"], (3, "cross_end"), ValueError, "but the edit has 2; connect"),
+        (["a dog", "a hat"], (3, "cross_end"), ValueError, "but the edit has 2; give it"),
         (["a dog"], (1, "cross_end"), ValueError, "count is 1; expected 2 to 16"),
         (["a dog"], (17, "cross_end"), ValueError, "count is 17"),
         (["a dog"], (3, "fade"), ValueError, "parameter is 'fade'; expected one of cross_end, self_end"),
