@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -91,9 +92,10 @@ async def alignment(request: web.Request) -> web.Response:
 
 
 def register() -> None:
-    """Add the route to ComfyUI's server, where there is one."""
-    from server import PromptServer
+    """Add the route to ComfyUI's server if this process runs one.
 
-    server = getattr(PromptServer, "instance", None)
+    The server's module is never imported: scripts that only use nodes may lack what it needs.
+    """
+    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     if server is not None:
         server.routes.post(ROUTE)(alignment)
