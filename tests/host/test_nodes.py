@@ -27,96 +27,7 @@ from p2p.nodes import (
     TokenReweight,
 )
 from p2p.tests.host.runs import EMPTY, FULL, PART, SOURCE, TARGET, Settings, empty, ksampler, picture
-
-# Names that shared workflows depend on: (inputs in order), (outputs in order), each a name and a type.
-# A later version may add optional inputs and further outputs; none of these may go, move or change.
-INTERFACE = {
-    "P2PPromptPair": (
-        [("clip", "CLIP"), ("source", "STRING"), ("target", "STRING"), ("mode", "COMBO")],
-        [("edit", "P2P_EDIT")],
-    ),
-    "P2PAddTarget": (
-        [("clip", "CLIP"), ("edit", "P2P_EDIT"), ("target", "STRING"), ("mode", "COMBO")],
-        [("edit", "P2P_EDIT")],
-    ),
-    "P2PTokenReweight": (
-        [("edit", "P2P_EDIT"), ("words", "STRING"), ("scale", "FLOAT"), ("target", "INT")],
-        [("edit", "P2P_EDIT")],
-    ),
-    "P2PTauScheduler": (
-        [
-            ("cross_start", "FLOAT"),
-            ("cross_end", "FLOAT"),
-            ("self_start", "FLOAT"),
-            ("self_end", "FLOAT"),
-            ("fade", "FLOAT"),
-            ("self_resolution", "FLOAT"),
-            ("words", "STRING"),
-        ],
-        [("tau", "P2P_TAU")],
-    ),
-    "P2PAttentionController": (
-        [("model", "MODEL"), ("edit", "P2P_EDIT"), ("tau", "P2P_TAU")],
-        [("model", "MODEL"), ("positive", "CONDITIONING")],
-    ),
-    "P2PPairedLatent": ([("latent", "LATENT"), ("edit", "P2P_EDIT")], [("latent", "LATENT")]),
-    "P2PSampler": (
-        [
-            ("model", "MODEL"),
-            ("edit", "P2P_EDIT"),
-            ("tau", "P2P_TAU"),
-            ("negative", "CONDITIONING"),
-            ("latent", "LATENT"),
-            ("seed", "INT"),
-            ("steps", "INT"),
-            ("cfg", "FLOAT"),
-            ("sampler_name", "COMBO"),
-            ("scheduler", "COMBO"),
-            ("denoise", "FLOAT"),
-        ],
-        [("source", "LATENT"), ("targets", "LATENT")],
-    ),
-    "P2PSplitBranches": (
-        [("images", "IMAGE"), ("edit", "P2P_EDIT")],
-        [("source", "IMAGE"), ("targets", "IMAGE")],
-    ),
-    "P2PComparisonGrid": (
-        [("images", "IMAGE"), ("labels", "STRING"), ("columns", "INT")],
-        [("image", "IMAGE")],
-    ),
-    "P2PInvert": (
-        [
-            ("model", "MODEL"),
-            ("positive", "CONDITIONING"),
-            ("latent", "LATENT"),
-            ("steps", "INT"),
-            ("scheduler", "COMBO"),
-        ],
-        [("trajectory", "P2P_TRAJECTORY"), ("noise", "LATENT")],
-    ),
-    "P2PFeatureInjection": (
-        [("model", "MODEL"), ("edit", "P2P_EDIT"), ("feature_end", "FLOAT"), ("attention_end", "FLOAT")],
-        [("model", "MODEL"), ("positive", "CONDITIONING"), ("maps", "P2P_MAPS")],
-    ),
-    "P2PSavePairs": (
-        [("edit", "P2P_EDIT"), ("source", "IMAGE"), ("targets", "IMAGE"), ("filename_prefix", "STRING")],
-        [],
-    ),
-    "P2PDemoModel": ([], [("model", "MODEL"), ("clip", "CLIP"), ("vae", "VAE")]),
-}
-DEFAULTS = {
-    "P2PPromptPair": {"mode": "auto"},
-    "P2PTokenReweight": {"scale": 1.0, "target": 0},
-    "P2PTauScheduler": {
-        "cross_start": 0.0,
-        "cross_end": 0.8,
-        "self_start": 0.0,
-        "self_end": 0.4,
-        "fade": 0.0,
-        "self_resolution": 0.5,
-    },
-    "P2PFeatureInjection": {"feature_end": 0.8, "attention_end": 0.5},
-}
+from p2p.tests.interface import INTERFACE, interface_of
 
 
 def schema_of(node_id):
@@ -124,25 +35,13 @@ def schema_of(node_id):
     return schema
 
 
-@pytest.mark.parametrize("node_id", INTERFACE)
-def test_inputs_keep_their_names_types_and_order(node_id):
-    given = [(entry.id, entry.io_type, entry.optional) for entry in schema_of(node_id).inputs or []]
-    inputs = INTERFACE[node_id][0]
-    assert [(name, kind) for name, kind, _ in given if (name, kind) in inputs] == inputs
-    assert all(optional for name, kind, optional in given if (name, kind) not in inputs)
+def test_every_node_has_an_interface_that_workflows_can_rely_on():
+    assert {node.GET_SCHEMA().node_id for node in NODES} == set(INTERFACE)
 
 
-@pytest.mark.parametrize("node_id", INTERFACE)
-def test_outputs_keep_their_names_types_and_order(node_id):
-    given = [(output.display_name or output.id, output.io_type) for output in schema_of(node_id).outputs]
-    outputs = INTERFACE[node_id][1]
-    assert given[: len(outputs)] == outputs
-
-
-@pytest.mark.parametrize(("node_id", "values"), DEFAULTS.items())
-def test_widgets_keep_their_defaults(node_id, values):
-    given = {entry.id: entry.default for entry in schema_of(node_id).inputs if entry.id in values}
-    assert given == values
+@pytest.mark.parametrize("node", NODES, ids=lambda node: node.__name__)
+def test_inputs_and_outputs_keep_their_names_types_order_and_defaults(node):
+    assert interface_of(node.GET_NODE_INFO_V1()) == INTERFACE[node.GET_SCHEMA().node_id]
 
 
 @pytest.mark.parametrize("node", NODES, ids=lambda node: node.__name__)
