@@ -62,7 +62,7 @@ def test_the_icon_is_square_and_small_and_the_banner_wide():
 
 def test_nothing_of_the_pack_runs_code_that_the_registry_refuses():
     """Its checks forbid eval, exec and installing packages at run time."""
-    rooms = ("attention", "sampling", "nodes", "demo/loader.py", "__init__.py")
+    rooms = ("attention", "sampling", "drawing", "nodes", "demo/loader.py", "__init__.py")
     files = [
         path for room in rooms for path in ((ROOT / room).rglob("*.py") if "." not in room else [ROOT / room])
     ]
