@@ -28,8 +28,8 @@ from drawing.grid import contact_sheet
 from .browser import Editor, open_editor
 from .env import ROOT
 from .server import ServerError, running_server
-from .workflows import CATALOGUE, WORKFLOWS
 
+WORKFLOWS = ROOT / "workflows"
 OUTPUT = ROOT / "output" / "demo"
 THUMBNAIL_WIDTH = 512  # px
 
@@ -163,20 +163,12 @@ def demo(paths: list[Path], thumbnails: bool) -> list[str]:
     return failed
 
 
-def _order(path: Path) -> tuple[int, str]:
-    """The catalogue's order; files that were added by hand come last."""
-    names = list(CATALOGUE)
-    return (names.index(path.stem) if path.stem in names else len(names), path.stem)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Render the shared workflows in a real ComfyUI.")
     parser.add_argument("names", nargs="*", metavar="name", help="workflows to render (default: all)")
     parser.add_argument("--thumbnails", action="store_true", help="replace workflows/NAME.jpg as well")
     arguments = parser.parse_args()
-    paths = [WORKFLOWS / f"{name}.json" for name in arguments.names] or sorted(
-        WORKFLOWS.glob("*.json"), key=_order
-    )
+    paths = [WORKFLOWS / f"{name}.json" for name in arguments.names] or sorted(WORKFLOWS.glob("*.json"))
     missing = [path.name for path in paths if not path.is_file()]
     if missing or not paths:
         raise SystemExit(f"[demo] no such workflow in {WORKFLOWS}: {', '.join(missing) or 'it is empty'}")
