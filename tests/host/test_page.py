@@ -2,9 +2,10 @@
 
 import json
 import re
+from dataclasses import make_dataclass
 
 import pytest
-from p2p.nodes import NODES
+from p2p.nodes import NODES, types
 from p2p.tests.conftest import ROOT
 
 LANGUAGES = ("ko", "ja", "zh")  # besides English, which the nodes themselves and web/docs/NODE.md are in
@@ -98,3 +99,18 @@ def test_help_is_of_nodes_that_there_are():
     pages = {path.stem for path in folder.glob("*.md")}
     assert pages == set(SCHEMAS)
     assert {path.name for path in folder.iterdir() if path.is_dir()} - {"pictures"} == set(SCHEMAS)
+
+
+@pytest.mark.parametrize("words", ["prompt to prompt", "masactrl", "plug and play"])
+def test_nodes_are_found_under_other_names_on_hosts_that_search_them(words):
+    if not hasattr(next(iter(SCHEMAS.values())), "search_aliases"):
+        pytest.skip("this host knows no other names of nodes")
+    assert [node for node, schema in SCHEMAS.items() if words in schema.search_aliases]
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_other_names_are_given_to_hosts_that_take_them(monkeypatch, known):
+    schema = make_dataclass("Schema", ["node_id", "search_aliases"] if known else ["node_id"])
+    monkeypatch.setattr(types.io, "Schema", schema)
+    given = schema(node_id="P2PSampler", **types.also_called("paired sampler"))
+    assert not known or "paired sampler" in given.search_aliases
