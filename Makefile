@@ -4,7 +4,7 @@ VENV := .venv/bin
 PORT ?= 8188
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo serve test lint format host-path bench bench-inversion bench-quality bench-soak bench-speed train-demo workflows thumbnails node-pictures icon clean
+.PHONY: help env demo serve test lint format host-path bench bench-inversion bench-quality bench-soak bench-speed train-demo thumbnails node-pictures icon clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -51,18 +51,14 @@ bench-inversion: env  ## edit pictures by every method and inversion; figures in
 train-demo: env  ## train the bundled model from nothing (hours; resumes where it stopped)
 	@COMFYUI_PATH="$$($(PYTHON) tools/env.py --host-path)" $(VENV)/python -m demo.train $(ARGS)
 
-workflows: env  ## rebuild workflows/*.json in the real front end, then their thumbnails
-	@$(VENV)/python -m tools.workflows
-	@$(VENV)/python -m tools.demo --thumbnails
-
 node-pictures: env  ## redraw the pictures on the nodes' help pages
 	@$(VENV)/python -m tools.node_pictures
 
 icon: env  ## redraw docs/icon.png and docs/banner.png
 	@$(VENV)/python -m tools.icon
 
-thumbnails: env  ## render every workflow and replace workflows/*.jpg
-	@$(VENV)/python -m tools.demo --thumbnails
+thumbnails: env  ## render every workflow and replace workflows/*.jpg (ARGS=word_swap: one of them)
+	@$(VENV)/python -m tools.demo --thumbnails $(ARGS)
 
 clean:  ## remove outputs and caches (not .venv and .host)
 	rm -rf output .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -170,7 +170,7 @@ def succeeded(classifier: Any, case: Case, picture: Any) -> bool:
 
 def measure(bench: Bench, classifier: Any, number: int, case: Case) -> dict[str, Any]:
     """All figures of one picture; its pictures are kept beside them."""
-    from p2p.nodes.grid import comparison_grid
+    from p2p.drawing.grid import comparison_grid
     from PIL import Image
 
     latent = bench.latent(case.source)
@@ -254,7 +254,7 @@ def examples(figures: list[dict[str, Any]], path: Path, rows: int = 6) -> None:
     """The first pictures and some of their edits, from the sheets that `measure` kept."""
     import numpy as np
     import torch
-    from p2p.nodes.grid import GAP, comparison_grid
+    from p2p.drawing.grid import GAP, comparison_grid
     from PIL import Image
 
     order = [(inversion, method) for inversion in INVERSIONS for method in METHODS]

@@ -57,7 +57,7 @@ def main() -> None:
     load_pack()
     import torch
     from p2p.demo.loader import load_demo_model
-    from p2p.nodes.grid import comparison_grid
+    from p2p.drawing.grid import comparison_grid
     from PIL import Image
 
     torch.set_grad_enabled(False)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -277,12 +278,14 @@ def main() -> None:
     parser.add_argument("--sheet-only", action="store_true")
     a = parser.parse_args()
     host()
+    from drawing.grid import contact_sheet
+
     from .loader import load_demo_model
 
     demo = load_demo_model(a.weights)
     with torch.inference_mode():
         drawn = sample_pictures(demo, SHEET, 1)
-        scenes.sheet(list(drawn), SHEET, 8).save(a.out / "samples.jpg", quality=88)
+        contact_sheet([*map(Image.fromarray, drawn)], SHEET, 8).save(a.out / "samples.jpg", quality=88)
         if a.sheet_only:
             return
     classifier = train_classifier(a.work / "classifier.pt")

@@ -472,24 +472,11 @@ def draw(scene: Scene) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     return pixels, masks
 
 
-def sheet(images: list[np.ndarray], labels: list[str], columns: int, scale: int = 1) -> Image.Image:
-    """A contact sheet of uint8 `(h, w, 3)` pictures with their labels above them."""
-    font = ImageFont.load_default(10)
-    h, w = (s * scale for s in images[0].shape[:2])
-    rows = -(-len(images) // columns)
-    page = Image.new("RGB", (columns * (w + 4), rows * (h + 18)), "white")
-    d = ImageDraw.Draw(page)
-    for i, (pixels, label) in enumerate(zip(images, labels, strict=True)):
-        x, y = (i % columns) * (w + 4) + 2, (i // columns) * (h + 18)
-        while d.textlength(label, font) > w:
-            label = label[:-1]
-        d.text((x, y + 2), label, "black", font)
-        page.paste(Image.fromarray(pixels).resize((w, h), Image.Resampling.NEAREST), (x, y + 16))
-    return page
-
-
 if __name__ == "__main__":
+    from drawing.grid import contact_sheet
+
     scenes = [sample(i) for i in range(64)]
     scenes += [replace(Scene("castle", place="mountain", layout=4), snow=s) for s in (0, 0.2, 0.6, 1)]
     scenes += [replace(Scene(place="boulevard", layout=5), crowd=s) for s in (0, 0.2, 0.6, 1)]
-    sheet([draw(s)[0] for s in scenes], [s.caption() for s in scenes], 12).save(sys.argv[1])
+    images = [Image.fromarray(draw(s)[0]) for s in scenes]
+    contact_sheet(images, [s.caption() for s in scenes], 12).save(sys.argv[1])

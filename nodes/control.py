@@ -19,6 +19,7 @@ from .types import (
     BlendIO,
     MapsIO,
     TauIO,
+    also_called,
     blend_input,
     check_wiring,
     check_words,
@@ -57,6 +58,7 @@ class TauScheduler(io.ComfyNode):
             node_id="P2PTauScheduler",
             display_name="\N{GREEK SMALL LETTER TAU} Scheduler",
             category=CATEGORY,
+            **also_called("masactrl", "mutual self-attention"),
             description="When the source's attention is injected: longer is more faithful, shorter is freer.",
             inputs=[
                 _fraction(
@@ -229,6 +231,7 @@ class AttentionController(io.ComfyNode):
             node_id="P2PAttentionController",
             display_name="Attention Controller",
             category=CATEGORY,
+            **also_called("cross attention control", "masactrl"),
             description="Patches a model so that KSampler, SamplerCustom and SamplerCustomAdvanced sample "
             "the pair: feed them this model, this positive and a latent from Paired Latent.",
             inputs=[

@@ -15,6 +15,7 @@ from .types import (
     MAPS_OUTPUT,
     EditIO,
     MapsIO,
+    also_called,
     check_wiring,
     is_wired,
     model_input,
@@ -31,6 +32,7 @@ class FeatureInjection(io.ComfyNode):
             node_id="P2PFeatureInjection",
             display_name="Plug-and-Play Features",
             category=CATEGORY,
+            **also_called("pnp", "plug and play"),
             description="Patches a model like Attention Controller, but the targets take the source's "
             "features and self-attention: structure stays, and the target prompt may be quite another one. "
             "Feed KSampler this model, this positive and a latent from Paired Latent.",

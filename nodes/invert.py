@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import comfy.samplers
 from comfy_api.latest import io
 
+from ..sampling.choices import schedulers
 from ..sampling.invert import invert
 from ..sampling.trajectory import RECONSTRUCTIONS
-from .types import CATEGORY, TrajectoryIO, check_options
+from .types import CATEGORY, TrajectoryIO, also_called, check_options
 
 
 class InvertImage(io.ComfyNode):
@@ -21,6 +21,7 @@ class InvertImage(io.ComfyNode):
             node_id="P2PInvert",
             display_name="Invert Image",
             category=CATEGORY,
+            **also_called("ddim inversion", "null text"),
             description="Runs a picture backwards to noise (DDIM inversion), so that it can be edited like a "
             "generated one: connect trajectory to Paired Sampler or Attention Controller.",
             inputs=[
@@ -38,7 +39,7 @@ class InvertImage(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "scheduler",
-                    options=comfy.samplers.KSampler.SCHEDULERS,
+                    options=schedulers(),
                     tooltip="As in the sampler.",
                 ),
                 io.Float.Input(
@@ -94,7 +95,7 @@ class InvertImage(io.ComfyNode):
         negative: list | None = None,
     ) -> io.NodeOutput:
         check_options(
-            scheduler=(scheduler, comfy.samplers.KSampler.SCHEDULERS),
+            scheduler=(scheduler, schedulers()),
             reconstruction=(reconstruction, RECONSTRUCTIONS),
         )
         return io.NodeOutput(

@@ -1,16 +1,20 @@
-"""Pictures of where words look."""
+"""Images of where words look."""
 
 from __future__ import annotations
 
 from comfy_api.latest import io
+from einops import repeat
 from torch import Tensor
+from torch.nn.functional import interpolate
 
+from ..drawing.heatmap import coverage, heatmaps
 from ..sampling.maps import MapsHandle
-from .heatmap import heatmaps
 from .types import CATEGORY, MapsIO, check_options
 
 LAYERS = {"quarter": 4, "half": 2, "eighth": 8, "all": 0}
 """Names of the layers' resolutions, as fractions of the latent's sides -> downsampling, 0 for all."""
+PIXELS = 8
+"""Of an image for each pixel of its latent, where no image says how many."""
 
 
 class AttentionMaps(io.ComfyNode):
@@ -95,6 +99,33 @@ class AttentionMaps(io.ComfyNode):
         run = maps.maps_of(samples["samples"])
         labels, phrases = run.phrases(branch, words)
         found = run.of(branch, phrases, run.layers(LAYERS[layers]), start, end)
-        return io.NodeOutput(
-            *heatmaps(found, labels, run.size, image, run.blend_of(branch), branch, run.edit.branches)
-        )
+        pairs, branches = found.shape[0], run.edit.branches
+        under = None if image is None else images_of(image, pairs, branch, branches)
+        size = tuple(side * PIXELS for side in run.size) if under is None else under.shape[1:3]
+        large = interpolate(found, size, mode="bilinear", align_corners=False)
+        blend = run.blend_of(branch)
+        mask = coverage(large) if blend is None else interpolate(blend[:, None], size, mode="nearest")[:, 0]
+        return io.NodeOutput(heatmaps(large, labels, under), mask)
+
+
+def images_of(images: Tensor, pairs: int, branch: int, branches: int) -> Tensor:
+    """The images of a branch, one for each pair: (pairs, height, width, channels).
+
+    images: one for all pairs, one for each pair, or those of all branches or of all targets, pair by pair.
+    As many as there are pairs are taken for this branch's own: branch 0 needs the source's, not the targets'.
+    Raises ValueError for any other number of images.
+    """
+    rows = images.shape[0]
+    if rows == pairs:
+        return images
+    if rows == 1:
+        return repeat(images, "1 ... -> p ...", p=pairs)
+    if rows == pairs * branches:
+        return images[branch::branches]
+    if rows == pairs * (branches - 1) and branch > 0:
+        return images[branch - 1 :: branches - 1]
+    raise ValueError(
+        f"There are {rows} images for {pairs} pair{'s' if pairs > 1 else ''} of {branches} branches; "
+        f"expected 1, {pairs} (this branch's), {pairs * branches} (all branches)"
+        + (f" or {pairs * (branches - 1)} (all targets)." if branch else ".")
+    )

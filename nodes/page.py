@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
+from bisect import bisect
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from operator import itemgetter
 from typing import Any
 
 from aiohttp import web
 
 from ..attention.alignment import Alignment
 from ..attention.prompt import Prompt
+from ..attention.tags import is_comma
 from ..sampling.encode import EncodedPrompt
 from ..sampling.preview import preview
 
@@ -19,7 +24,7 @@ CHARACTERS = 4000
 """Longest prompt that is aligned while it is written."""
 BODY = 64 * 1024
 """Longest request, bytes."""
-FIELDS = {"source": None, "target": None, "mode": "auto", "family": "clip"}
+FIELDS = {"source": None, "target": None, "mode": "auto"}
 """What a request holds, with the defaults."""
 
 _worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prompt-to-prompt")
@@ -28,15 +33,18 @@ _worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prompt-to-prompt
 def alignment_data(source: EncodedPrompt, target: EncodedPrompt, alignment: Alignment) -> dict[str, Any]:
     """An alignment for the page.
 
-    source, target: text, and words with their number of tokens. pairings: words by index that share a map,
-    swapped or not. new, removed: words by index. description: the same for people, one line per word, and the
-    textual inversions that have no file.
+    source, target: text, and words with their number of tokens and whether they only separate tags.
+    pairings: words by index that share a map, swapped or not. new, removed: words by index. edits: as `edits`
+    gives them. description: the same for people, one line per word, and the textual inversions without a file.
     """
 
     def words(prompt: Prompt) -> dict[str, Any]:
         return {
             "text": prompt.text,
-            "words": [{"text": word.text, "tokens": len(word.tokens)} for word in prompt.words],
+            "words": [
+                {"text": word.text, "tokens": len(word.tokens), "comma": is_comma(word.text)}
+                for word in prompt.words
+            ],
         }
 
     missing = dict.fromkeys(source.missing + target.missing)
@@ -44,21 +52,46 @@ def alignment_data(source: EncodedPrompt, target: EncodedPrompt, alignment: Alig
     return {
         "source": words(source),
         "target": words(target),
-        "pairings": [
-            {"source": pairing.source, "target": pairing.target, "swapped": pairing.swapped}
-            for pairing in alignment.pairings
-        ],
+        "pairings": [asdict(pairing) for pairing in alignment.pairings],
         "new": alignment.new,
         "removed": alignment.removed,
+        "edits": edits(alignment),
         "description": "\n".join(lines),
     }
+
+
+def edits(alignment: Alignment) -> list[dict[str, Any]]:
+    """What leads from one prompt to the other, and the runs of shared words between, in the target's order.
+
+    Each has its kind (shared, swapped, new, removed) and its words by index in source and target. Tags that
+    moved stand where the target has them; removed words stand after what became of the word before them.
+    """
+    places = [
+        (float(p.target[0]), "swapped" if p.swapped else "shared", p.source, p.target)
+        for p in alignment.pairings
+    ]
+    places += [(float(word), "new", (), (word,)) for word in alignment.new]
+    became = {i: pairing.target[-1] for pairing in alignment.pairings for i in pairing.source}
+    kept = sorted(became)
+    for word in alignment.removed:
+        before = bisect(kept, word)
+        places.append((became[kept[before - 1]] + 0.5 if before else -0.5, "removed", (word,), ()))
+    merged: list[dict[str, Any]] = []
+    for _, kind, source, target in sorted(places, key=itemgetter(0)):
+        last = merged[-1] if merged else None
+        if last and last["kind"] == kind and (kind != "swapped" or last["source"][-1] + 1 == source[0]):
+            last["source"] += source
+            last["target"] += target
+        else:
+            merged.append({"kind": kind, "source": source, "target": target})
+    return merged
 
 
 def answer(body: bytes) -> dict[str, Any]:
     """The alignment that a request asks for.
 
-    body: JSON with the fields source and target, and optionally mode and family. Raises ValueError, with the
-    reason, for anything else.
+    body: JSON with the fields source and target, and optionally mode. Raises ValueError, with the reason,
+    for anything else.
     """
     if len(body) > BODY:
         raise ValueError(f"The request is longer than {BODY} bytes.")
@@ -95,9 +128,10 @@ async def alignment(request: web.Request) -> web.Response:
 
 
 def register() -> None:
-    """Add the route to ComfyUI's server, where there is one."""
-    from server import PromptServer
+    """Add the route to ComfyUI's server if this process runs one.
 
-    server = getattr(PromptServer, "instance", None)
+    The server's module is never imported: scripts that only use nodes may lack what it needs.
+    """
+    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     if server is not None:
         server.routes.post(ROUTE)(alignment)

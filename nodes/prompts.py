@@ -10,7 +10,7 @@ from ..attention.alignment import MODES
 from ..attention.edit import GAIN_LIMIT, Edit, words_to_reweight
 from ..sampling.encode import add_target, check_prompt, encoded, start_edit
 from .page import alignment_data
-from .types import CATEGORY, EditIO, edit_input
+from .types import CATEGORY, EditIO, also_called, edit_input
 
 
 def _mode_input() -> io.Combo.Input:
@@ -38,6 +38,7 @@ class PromptPair(io.ComfyNode):
             node_id="P2PPromptPair",
             display_name="Prompt Pair",
             category=CATEGORY,
+            **also_called("word swap", "edit prompt"),
             description="Encodes source and target prompt and finds which words share their attention maps.",
             inputs=[
                 io.Clip.Input(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import comfy.samplers
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..attention.blend import LocalBlend
 from ..attention.edit import Edit
 from ..attention.schedule import TauSchedule
+from ..sampling.choices import samplers, schedulers
 from ..sampling.latents import check_rows, paired_latent, split_rows
 from ..sampling.maps import MapsHandle
 from ..sampling.sampler import sample_pairs
@@ -19,6 +19,7 @@ from .types import (
     CATEGORY,
     MAPS_OUTPUT,
     MapsIO,
+    also_called,
     blend_input,
     check_options,
     check_words,
@@ -63,6 +64,7 @@ class PairedSampler(io.ComfyNode):
             node_id="P2PSampler",
             display_name="Paired Sampler",
             category=CATEGORY,
+            **also_called("paired sampler"),
             description="Denoises source and targets side by side from the same noise, injecting the "
             "source's attention into the targets. A batch of latents gives one pair per item.",
             inputs=[
@@ -97,12 +99,12 @@ class PairedSampler(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "sampler_name",
-                    options=comfy.samplers.KSampler.SAMPLERS,
+                    options=samplers(),
                     tooltip="Any of ComfyUI's samplers.",
                 ),
                 io.Combo.Input(
                     "scheduler",
-                    options=comfy.samplers.KSampler.SCHEDULERS,
+                    options=schedulers(),
                     tooltip="Spacing of the noise levels.",
                 ),
                 io.Float.Input(
@@ -150,8 +152,8 @@ class PairedSampler(io.ComfyNode):
         reuse_gb: float = 0.0,
     ) -> io.NodeOutput:
         check_options(
-            sampler_name=(sampler_name, comfy.samplers.KSampler.SAMPLERS),
-            scheduler=(scheduler, comfy.samplers.KSampler.SCHEDULERS),
+            sampler_name=(sampler_name, samplers()),
+            scheduler=(scheduler, schedulers()),
         )
         check_words(edit, tau, blend)
         maps = MapsHandle(wanted=is_wired(cls.hidden, MAPS_OUTPUT))

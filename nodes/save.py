@@ -8,13 +8,13 @@ from typing import Any
 
 import folder_paths
 import numpy as np
-from comfy.cli_args import args
 from comfy_api.latest import io, ui
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ..attention.edit import Edit
+from ..sampling.choices import writes_metadata
 from .types import CATEGORY, edit_input
 
 METADATA = "metadata.jsonl"
@@ -173,7 +173,7 @@ def _append(path: Path, lines: list[dict[str, str]]) -> None:
 
 def _png_metadata(hidden: Any) -> PngInfo | None:
     """Prompt and workflow as the host's Save Image writes them; None if it is told to write none."""
-    if args.disable_metadata or hidden is None:
+    if hidden is None or not writes_metadata():
         return None
     metadata = PngInfo()
     if hidden.prompt:

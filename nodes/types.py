@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 from comfy_api.latest import io
@@ -23,6 +24,15 @@ TauIO = io.Custom("P2P_TAU")
 BlendIO = io.Custom("P2P_BLEND")
 MapsIO = io.Custom("P2P_MAPS")
 TrajectoryIO = io.Custom("P2P_TRAJECTORY")
+
+
+METHOD = ("prompt to prompt", "prompt-to-prompt", "p2p")
+
+
+def also_called(*names: str) -> dict[str, list[str]]:
+    """Other names under which a node is searched, as an argument of its schema where the host's takes it."""
+    known = {entry.name for entry in fields(io.Schema)}
+    return {"search_aliases": [*METHOD, *names]} if "search_aliases" in known else {}
 
 
 def model_input() -> io.Input:
@@ -47,7 +57,7 @@ def trajectory_input() -> io.Input:
     return TrajectoryIO.Input(
         "trajectory",
         optional=True,
-        tooltip="From Invert Image: edits that picture. The run starts from its noise, whatever the seed, "
+        tooltip="From Invert Image: edits that image. The run starts from its noise, whatever the seed, "
         "and the source stays on its trajectory. Needs its steps and scheduler, and euler, ddim or "
         "euler_cfg_pp.",
     )
@@ -61,8 +71,8 @@ def reuse_input() -> io.Input:
         max=256.0,
         step=0.5,
         optional=True,
-        tooltip="Memory of the computer (not of the GPU), in GB, in which runs keep their source, so that "
-        "the next edit of the same source costs about half. From 0 (off) to 256.",
+        tooltip="System RAM in GB for keeping source runs: the next edit of the same source then takes about "
+        "half the time. 0 turns it off.",
     )
 
 

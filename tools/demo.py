@@ -1,6 +1,6 @@
 """Renders the shared workflows with a real ComfyUI, its real page and the bundled model.
 
-python -m tools.demo                 pictures and a contact sheet in output/demo/
+python -m tools.demo                 pictures and a page of them in output/demo/
 python -m tools.demo --thumbnails    also replaces the thumbnails in workflows/
 """
 
@@ -23,11 +23,13 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
+from drawing.grid import contact_sheet
+
 from .browser import Editor, open_editor
 from .env import ROOT
 from .server import ServerError, running_server
-from .workflows import CATALOGUE, WORKFLOWS
 
+WORKFLOWS = ROOT / "workflows"
 OUTPUT = ROOT / "output" / "demo"
 THUMBNAIL_WIDTH = 512  # px
 
@@ -71,16 +73,11 @@ def describe(workflow: dict[str, Any], name: str) -> tuple[str, list[tuple[str, 
     return title, prompts
 
 
-def sheet(contents: list[bytes]) -> bytes:
-    """Several pictures as one, in about as many rows as columns."""
-    images = [Image.open(io.BytesIO(content)).convert("RGB") for content in contents]
-    width, height = max(image.width for image in images), max(image.height for image in images)
-    columns = math.ceil(math.sqrt(len(images)))
-    joined = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height), "white")
-    for number, image in enumerate(images):
-        joined.paste(image, (number % columns * width, number // columns * height))
+def joined(contents: list[bytes]) -> bytes:
+    """Several images as one, in about as many rows as columns."""
+    images = [Image.open(io.BytesIO(content)) for content in contents]
     content = io.BytesIO()
-    joined.save(content, "PNG")
+    contact_sheet(images, [], math.ceil(math.sqrt(len(images)))).save(content, "PNG")
     return content.getvalue()
 
 
@@ -96,7 +93,7 @@ def render(editor: Editor, path: Path, progress: Callable[[float], None]) -> Ren
         raise ServerError("it ran, but no Save Image node wrote a picture")
     contents = [content for _, content in images]
     if len({node for node, _ in images}) == 1 < len(images):
-        contents = [sheet(contents)]
+        contents = [joined(contents)]
     pictures = []
     for number, content in enumerate(contents):
         picture = OUTPUT / (f"{path.stem}.png" if number == 0 else f"{path.stem}_{number + 1}.png")
@@ -105,7 +102,7 @@ def render(editor: Editor, path: Path, progress: Callable[[float], None]) -> Ren
     return Rendered(path.stem, *describe(workflow, path.stem), pictures, time.monotonic() - started)
 
 
-def contact_sheet(rendered: list[Rendered]) -> str:
+def index_page(rendered: list[Rendered]) -> str:
     sections = []
     for item in rendered:
         terms = "".join(
@@ -159,17 +156,11 @@ def demo(paths: list[Path], thumbnails: bool) -> list[str]:
                     failed.append(f"workflow {path.stem}: {error}")
                 display.update(task, completed=1.0)
                 display.stop_task(task)
-    (OUTPUT / "index.html").write_text(contact_sheet(rendered), encoding="utf-8")
+    (OUTPUT / "index.html").write_text(index_page(rendered), encoding="utf-8")
     if thumbnails:
         for item in rendered:
             write_thumbnail(item.pictures[0], WORKFLOWS / f"{item.name}.jpg")
     return failed
-
-
-def _order(path: Path) -> tuple[int, str]:
-    """The catalogue's order; files that were added by hand come last."""
-    names = list(CATALOGUE)
-    return (names.index(path.stem) if path.stem in names else len(names), path.stem)
 
 
 def main() -> None:
@@ -177,9 +168,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="name", help="workflows to render (default: all)")
     parser.add_argument("--thumbnails", action="store_true", help="replace workflows/NAME.jpg as well")
     arguments = parser.parse_args()
-    paths = [WORKFLOWS / f"{name}.json" for name in arguments.names] or sorted(
-        WORKFLOWS.glob("*.json"), key=_order
-    )
+    paths = [WORKFLOWS / f"{name}.json" for name in arguments.names] or sorted(WORKFLOWS.glob("*.json"))
     missing = [path.name for path in paths if not path.is_file()]
     if missing or not paths:
         raise SystemExit(f"[demo] no such workflow in {WORKFLOWS}: {', '.join(missing) or 'it is empty'}")

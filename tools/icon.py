@@ -12,7 +12,6 @@ from playwright.sync_api import sync_playwright
 
 from .browser import FLAGS
 from .env import ROOT, find_browser
-from .workflows import WORKFLOWS
 
 ICON = ROOT / "docs" / "icon.svg"
 ICON_SIZE = (400, 400)  # px, the largest that the registry takes
@@ -36,7 +35,7 @@ def data_url(path: Path, kind: str) -> str:
 
 def main() -> None:
     icon = data_url(ICON, "image/svg+xml")
-    picture = data_url(WORKFLOWS / "word_swap.jpg", "image/jpeg")
+    picture = data_url(ROOT / "workflows" / "word_swap.jpg", "image/jpeg")
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=find_browser(), args=FLAGS)
         for name, (width, height), html in (

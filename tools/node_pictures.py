@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import requests
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
+
+from drawing.grid import contact_sheet
 
 from .browser import Editor, open_editor
 from .env import ROOT
@@ -25,7 +27,6 @@ PICTURES = ROOT / "web" / "docs" / "pictures"
 COLORS = 96  # of a page's picture; it has few
 MARGIN = 16  # px
 CELL = 192  # px, one picture of an effect
-CAPTION = 22  # px
 
 SOURCE, TARGET = "a cat riding a bicycle", "a cat riding a car"
 PAIR = {"source": SOURCE, "target": TARGET}
@@ -357,11 +358,9 @@ def draw_effect(server: Server, node: str, effect: Effect) -> None:
         if "save_source" in pictures and not cells:
             cells.append(("source", pictures["save_source"]))
         cells.append((f"{effect.input} {value}", pictures["save"]))
-    font = ImageFont.load_default(14)
-    sheet = Image.new("RGB", (len(cells) * (CELL + 4) - 4, CELL + CAPTION), "white")
-    for n, (caption, picture) in enumerate(cells):
-        sheet.paste(picture.resize((CELL, CELL), Image.Resampling.LANCZOS), (n * (CELL + 4), CAPTION))
-        ImageDraw.Draw(sheet).text((n * (CELL + 4) + 2, 2), caption, font=font, fill="black")
+    labels = [label for label, _ in cells]
+    images = [image.resize((CELL, CELL), Image.Resampling.LANCZOS) for _, image in cells]
+    sheet = contact_sheet(images, labels, len(cells))
     sheet.save(PICTURES / f"{node}-{effect.input}.jpg", quality=85)
 
 

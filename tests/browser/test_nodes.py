@@ -76,16 +76,6 @@ def test_a_node_is_found_in_the_search_box(editor, words, node):
     assert page.evaluate("() => app.graph.nodes[0].type") == node
 
 
-@pytest.mark.parametrize("words", ["prompt to prompt", "masactrl"])
-def test_pages_that_search_other_names_of_nodes_are_told_them(editor, words):
-    found = editor.page.evaluate(
-        """(words) => Object.values(LiteGraph.registered_node_types)
-          .filter((type) => type.nodeData?.search_aliases?.includes(words)).map((type) => type.type)""",
-        words,
-    )
-    assert "P2PAttentionController" in found
-
-
 def test_a_graph_of_all_nodes_is_saved_and_loaded_as_it_is(editor):
     editor.page.evaluate(ADD, editor.page.evaluate(ALL))
     editor.page.evaluate(CONNECT)

@@ -292,7 +292,7 @@ class TestNode:
             ({"branch": 2}, "branch is 2, but the edit has branches 0 (source) to 1"),
             ({"layers": "eighth"}, "no attention layers at 1/8 of the latent's sides; it has 1/2"),
             ({"start": 0.8, "end": 0.9}, "No step of the run lies from 0.8 to 0.9"),
-            ({"image": torch.zeros(3, 8, 8, 3)}, "There are 3 pictures for 2 pairs of 2 branches"),
+            ({"image": torch.zeros(3, 8, 8, 3)}, "There are 3 images for 2 pairs of 2 branches"),
         ],
     )
     def test_what_is_not_there_is_an_error(self, sampled, arguments, message):

@@ -14,6 +14,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.sd import CLIP
 from p2p.attention.prompt import WordNotFound
 from p2p.attention.schedule import TauSchedule, Window
+from p2p.drawing.grid import comparison_grid
 from p2p.nodes import (
     NODES,
     AddTarget,
@@ -30,97 +31,9 @@ from p2p.nodes import (
     TauScheduler,
     TokenReweight,
 )
+from p2p.nodes.maps import images_of
 from p2p.tests.host.runs import EMPTY, FULL, PART, SOURCE, TARGET, Settings, empty, ksampler, picture
-
-# Names that shared workflows depend on: (inputs in order), (outputs in order), each a name and a type.
-# A later version may add optional inputs and further outputs; none of these may go, move or change.
-INTERFACE = {
-    "P2PPromptPair": (
-        [("clip", "CLIP"), ("source", "STRING"), ("target", "STRING"), ("mode", "COMBO")],
-        [("edit", "P2P_EDIT")],
-    ),
-    "P2PAddTarget": (
-        [("clip", "CLIP"), ("edit", "P2P_EDIT"), ("target", "STRING"), ("mode", "COMBO")],
-        [("edit", "P2P_EDIT")],
-    ),
-    "P2PTokenReweight": (
-        [("edit", "P2P_EDIT"), ("words", "STRING"), ("scale", "FLOAT"), ("target", "INT")],
-        [("edit", "P2P_EDIT")],
-    ),
-    "P2PTauScheduler": (
-        [
-            ("cross_start", "FLOAT"),
-            ("cross_end", "FLOAT"),
-            ("self_start", "FLOAT"),
-            ("self_end", "FLOAT"),
-            ("fade", "FLOAT"),
-            ("self_resolution", "FLOAT"),
-            ("words", "STRING"),
-        ],
-        [("tau", "P2P_TAU")],
-    ),
-    "P2PAttentionController": (
-        [("model", "MODEL"), ("edit", "P2P_EDIT"), ("tau", "P2P_TAU")],
-        [("model", "MODEL"), ("positive", "CONDITIONING")],
-    ),
-    "P2PPairedLatent": ([("latent", "LATENT"), ("edit", "P2P_EDIT")], [("latent", "LATENT")]),
-    "P2PSampler": (
-        [
-            ("model", "MODEL"),
-            ("edit", "P2P_EDIT"),
-            ("tau", "P2P_TAU"),
-            ("negative", "CONDITIONING"),
-            ("latent", "LATENT"),
-            ("seed", "INT"),
-            ("steps", "INT"),
-            ("cfg", "FLOAT"),
-            ("sampler_name", "COMBO"),
-            ("scheduler", "COMBO"),
-            ("denoise", "FLOAT"),
-        ],
-        [("source", "LATENT"), ("targets", "LATENT")],
-    ),
-    "P2PSplitBranches": (
-        [("images", "IMAGE"), ("edit", "P2P_EDIT")],
-        [("source", "IMAGE"), ("targets", "IMAGE")],
-    ),
-    "P2PComparisonGrid": (
-        [("images", "IMAGE"), ("labels", "STRING"), ("columns", "INT")],
-        [("image", "IMAGE")],
-    ),
-    "P2PInvert": (
-        [
-            ("model", "MODEL"),
-            ("positive", "CONDITIONING"),
-            ("latent", "LATENT"),
-            ("steps", "INT"),
-            ("scheduler", "COMBO"),
-        ],
-        [("trajectory", "P2P_TRAJECTORY"), ("noise", "LATENT")],
-    ),
-    "P2PFeatureInjection": (
-        [("model", "MODEL"), ("edit", "P2P_EDIT"), ("feature_end", "FLOAT"), ("attention_end", "FLOAT")],
-        [("model", "MODEL"), ("positive", "CONDITIONING"), ("maps", "P2P_MAPS")],
-    ),
-    "P2PSavePairs": (
-        [("edit", "P2P_EDIT"), ("source", "IMAGE"), ("targets", "IMAGE"), ("filename_prefix", "STRING")],
-        [],
-    ),
-    "P2PDemoModel": ([], [("model", "MODEL"), ("clip", "CLIP"), ("vae", "VAE")]),
-}
-DEFAULTS = {
-    "P2PPromptPair": {"mode": "auto"},
-    "P2PTokenReweight": {"scale": 1.0, "target": 0},
-    "P2PTauScheduler": {
-        "cross_start": 0.0,
-        "cross_end": 0.8,
-        "self_start": 0.0,
-        "self_end": 0.4,
-        "fade": 0.0,
-        "self_resolution": 0.5,
-    },
-    "P2PFeatureInjection": {"feature_end": 0.8, "attention_end": 0.5},
-}
+from p2p.tests.interface import INTERFACE, interface_of
 
 
 def schema_of(node_id):
@@ -128,25 +41,13 @@ def schema_of(node_id):
     return schema
 
 
-@pytest.mark.parametrize("node_id", INTERFACE)
-def test_inputs_keep_their_names_types_and_order(node_id):
-    given = [(entry.id, entry.io_type, entry.optional) for entry in schema_of(node_id).inputs or []]
-    inputs = INTERFACE[node_id][0]
-    assert [(name, kind) for name, kind, _ in given if (name, kind) in inputs] == inputs
-    assert all(optional for name, kind, optional in given if (name, kind) not in inputs)
+def test_every_node_has_an_interface_that_workflows_can_rely_on():
+    assert {node.GET_SCHEMA().node_id for node in NODES} == set(INTERFACE)
 
 
-@pytest.mark.parametrize("node_id", INTERFACE)
-def test_outputs_keep_their_names_types_and_order(node_id):
-    given = [(output.display_name or output.id, output.io_type) for output in schema_of(node_id).outputs]
-    outputs = INTERFACE[node_id][1]
-    assert given[: len(outputs)] == outputs
-
-
-@pytest.mark.parametrize(("node_id", "values"), DEFAULTS.items())
-def test_widgets_keep_their_defaults(node_id, values):
-    given = {entry.id: entry.default for entry in schema_of(node_id).inputs if entry.id in values}
-    assert given == values
+@pytest.mark.parametrize("node", NODES, ids=lambda node: node.__name__)
+def test_inputs_and_outputs_keep_their_names_types_order_and_defaults(node):
+    assert interface_of(node.GET_NODE_INFO_V1()) == INTERFACE[node.GET_SCHEMA().node_id]
 
 
 @pytest.mark.parametrize("node", NODES, ids=lambda node: node.__name__)
@@ -533,87 +434,36 @@ def test_little_or_no_denoise_is_as_in_ksampler(studio, denoise):
 # Comparison Grid
 
 
-def solid(count, height=32, width=48):
-    """Images of one colour each, red from 0.1 up; letters and paper are grey."""
-    images = torch.zeros(count, height, width, 3)
-    images[..., 0] = (torch.arange(1, count + 1) / 10)[:, None, None]
-    return images
+def test_a_line_of_labels_is_the_label_of_an_image():
+    images = torch.rand(3, 32, 48, 3)
+    grid = ComparisonGrid.execute(images, 2, "one\n\nthree").args[0]
+    assert torch.equal(grid, comparison_grid(images, ["one", "", "three"], 2))
 
 
-def grid_of(images, labels="", columns=2):
-    return ComparisonGrid.execute(images, columns, labels).args[0]
+# Attention Maps
 
 
-def place_of(grid, value):
-    """Rows and columns that the image of this red covers."""
-    where = (grid[0] - torch.tensor([value, 0, 0])).abs().amax(-1) < 1e-6
-    return where.any(1).nonzero().flatten(), where.any(0).nonzero().flatten()
-
-
-@pytest.mark.parametrize("labelled", ["none", "columns", "each"])
 @pytest.mark.parametrize(
-    ("count", "columns"), [(1, 1), (1, 4), (2, 2), (3, 2), (4, 2), (5, 3), (3, 1), (7, 4), (2, 5)]
+    ("count", "branch", "expected"),
+    [
+        (1, 0, [0, 0]),
+        (2, 0, [0, 1]),
+        (2, 2, [0, 1]),  # as many as there are pairs are this branch's, whichever they show
+        (6, 0, [0, 3]),
+        (6, 2, [2, 5]),
+        (4, 1, [0, 2]),
+        (4, 2, [1, 3]),
+    ],
 )
-def test_images_stand_in_columns_row_by_row_also_when_the_last_row_is_short(count, columns, labelled):
-    used = min(count, columns)
-    number = {"none": 0, "columns": used, "each": count}[labelled]
-    grid = grid_of(solid(count), "\n".join(f"label {n}" for n in range(number)), columns)
-    assert grid.ndim == 4 and grid.shape[0] == 1 and grid.shape[3] == 3 and grid.dtype == torch.float32
-    assert grid.min() >= 0 and grid.max() <= 1
-    places = [place_of(grid, (n + 1) / 10) for n in range(count)]
-    for n, (rows, across) in enumerate(places):
-        assert (len(rows), len(across)) == (32, 48)
-        if n % used:
-            assert across[0] > places[n - 1][1][-1] and torch.equal(rows, places[n - 1][0])
-        elif n:
-            assert rows[0] > places[n - 1][0][-1] and torch.equal(across, places[0][1])
+def test_images_of_a_branch_are_found_by_their_number(count, branch, expected):
+    images = torch.arange(count)[:, None, None, None].expand(count, 4, 4, 3)
+    assert images_of(images, 2, branch, 3)[:, 0, 0, 0].tolist() == expected
 
 
-def test_labels_are_written_above_their_images():
-    plain, labelled = grid_of(solid(3)), grid_of(solid(3), "one\ntwo\nthree")
-    assert labelled.shape[1] > plain.shape[1] and labelled.shape[2] == plain.shape[2]
-    for value in (0.1, 0.2, 0.3):
-        rows, across = place_of(labelled, value)
-        head = labelled[0, max(int(rows[0]) - 12, 0) : int(rows[0]), across]
-        assert (head < 0.5).any()  # letters
-
-
-def test_a_label_per_column_stands_over_the_first_row_only():
-    grid = grid_of(solid(4), "left\nright")
-    first, second = place_of(grid, 0.1)[0], place_of(grid, 0.3)[0]
-    assert (grid[0, : int(first[0])] < 0.5).any()
-    assert not (grid[0, int(first[-1]) + 1 : int(second[0])] < 0.5).any()
-
-
-def test_an_empty_line_labels_nothing():
-    grid = grid_of(solid(2), "\nright")
-    rows, across = place_of(grid, 0.1)
-    assert (grid[0, : int(rows[0]), across] == 1).all()
-
-
-def test_a_long_label_is_wrapped_and_widens_nothing():
-    plain, labelled = (
-        grid_of(solid(2)),
-        grid_of(solid(2), "\n".join(["a very long label of many words " * 3] * 2)),
-    )
-    assert labelled.shape[2] == plain.shape[2] and labelled.shape[1] > plain.shape[1] + 30
-
-
-@pytest.mark.parametrize("labels", ["one", "one\ntwo\nthree"])
-def test_another_number_of_labels_is_an_error_that_says_the_numbers(labels):
-    with pytest.raises(ValueError, match=f"{len(labels.splitlines())} labels for 4 images in 2 columns"):
-        grid_of(solid(4), labels)
-
-
-def test_the_grid_leaves_the_images_that_it_was_given():
-    images = solid(3)
-    before = images.clone()
-    grid_of(images, "a\nb\nc")
-    assert torch.equal(images, before)
-
-
-def test_transparency_is_left_out():
-    assert grid_of(torch.rand(2, 8, 8, 4)).shape[3] == 3
+@pytest.mark.parametrize(("count", "branch"), [(4, 0), (3, 1), (5, 2), (8, 0)])
+def test_another_number_of_images_is_an_error_that_says_the_numbers(count, branch):
+    with pytest.raises(ValueError, match=f"{count} images for 2 pairs of 3 branches; expected 1, 2"):
+        images_of(torch.zeros(count, 4, 4, 3), 2, branch, 3)
 
 
 # Load Demo Model

@@ -2,14 +2,14 @@
 
 import json
 import re
+from dataclasses import make_dataclass
 
 import pytest
-from p2p.nodes import NODES
+from p2p.nodes import NODES, types
 from p2p.tests.conftest import ROOT
 
 LANGUAGES = ("ko", "ja", "zh")  # besides English, which the nodes themselves and web/docs/NODE.md are in
 SCHEMAS = {schema.node_id: schema for schema in (node.GET_SCHEMA() for node in NODES)}
-INPUTS = [(node, entry.id) for node, schema in SCHEMAS.items() for entry in schema.inputs or []]
 every_node = pytest.mark.parametrize("node", SCHEMAS)
 every_language = pytest.mark.parametrize("language", LANGUAGES)
 
@@ -22,12 +22,9 @@ def placeholders(text):
     return sorted(re.findall(r"\{\w+\}", text))
 
 
-@pytest.mark.parametrize(("node", "name"), INPUTS, ids=[".".join(each) for each in INPUTS])
-def test_every_input_has_a_tooltip_that_names_the_range_of_a_number(node, name):
-    entry = next(entry for entry in SCHEMAS[node].inputs or [] if entry.id == name)
-    assert entry.tooltip and entry.tooltip[-1] in ".:"
-    if entry.io_type == "FLOAT" or (entry.io_type == "INT" and entry.max < 64):
-        assert {f"{entry.min:g}", f"{entry.max:g}"} <= set(re.findall(r"-?\d+(?:\.\d+)?", entry.tooltip))
+@every_node
+def test_every_input_has_a_tooltip(node):
+    assert all(entry.tooltip for entry in SCHEMAS[node].inputs or [])
 
 
 @every_language
@@ -55,16 +52,10 @@ def test_every_node_input_and_output_is_translated_and_nothing_else(language):
 
 
 @every_language
-def test_numbers_and_names_of_inputs_survive_translation(language):
-    translated = read(language, "nodeDefs.json")
-    for node, schema in SCHEMAS.items():
-        for entry in schema.inputs or []:
-            text = translated[node]["inputs"][entry.id]["tooltip"]
-            numbers = set(re.findall(r"-?\d+(?:\.\d+)?", entry.tooltip)) - {"1", "2", "3"}
-            assert numbers <= set(re.findall(r"-?\d+(?:\.\d+)?", text)), (node, entry.id)
-            assert not set("{}|@") & set(text), (node, entry.id)  # they mean something to the page
-            named = set(re.findall(r"[a-z]+_[a-z]+", entry.tooltip))
-            assert named <= set(re.findall(r"[a-z]+_[a-z]+", text)), (node, entry.id)
+def test_translated_tooltips_hold_no_sign_that_the_page_would_replace(language):
+    for node, texts in read(language, "nodeDefs.json").items():
+        for name, entry in texts.get("inputs", {}).items():
+            assert not set("{}|@") & set(entry["tooltip"]), (node, name)
 
 
 @every_language
@@ -99,10 +90,8 @@ def test_help_explains_every_input_and_shows_pictures_that_there_are(node, langu
     assert text.startswith("# ")
     missing = [entry.id for entry in SCHEMAS[node].inputs or [] if not re.search(rf"\b{entry.id}\b", text)]
     assert not missing
-    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
-    assert any(picture.endswith(f"{node}.png") for picture in pictures)
-    for picture in pictures:
-        assert (ROOT / "web" / "docs" / picture).is_file(), picture  # relative to it in every language
+    for image in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text):
+        assert (ROOT / "web" / "docs" / image).is_file(), image  # relative to it in every language
 
 
 def test_help_is_of_nodes_that_there_are():
@@ -110,3 +99,18 @@ def test_help_is_of_nodes_that_there_are():
     pages = {path.stem for path in folder.glob("*.md")}
     assert pages == set(SCHEMAS)
     assert {path.name for path in folder.iterdir() if path.is_dir()} - {"pictures"} == set(SCHEMAS)
+
+
+@pytest.mark.parametrize("words", ["prompt to prompt", "masactrl", "plug and play"])
+def test_nodes_are_found_under_other_names_on_hosts_that_search_them(words):
+    if not hasattr(next(iter(SCHEMAS.values())), "search_aliases"):
+        pytest.skip("this host knows no other names of nodes")
+    assert [node for node, schema in SCHEMAS.items() if words in schema.search_aliases]
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_other_names_are_given_to_hosts_that_take_them(monkeypatch, known):
+    schema = make_dataclass("Schema", ["node_id", "search_aliases"] if known else ["node_id"])
+    monkeypatch.setattr(types.io, "Schema", schema)
+    given = schema(node_id="P2PSampler", **types.also_called("paired sampler"))
+    assert not known or "paired sampler" in given.search_aliases

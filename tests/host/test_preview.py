@@ -6,6 +6,7 @@ import logging
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from p2p.attention.alignment import MODES
 from p2p.nodes.page import BODY, CHARACTERS, FIELDS, alignment_data, answer
 from p2p.sampling.encode import start_edit
 from p2p.sampling.preview import preview
@@ -55,7 +56,7 @@ BODIES = st.one_of(
     ),
     st.fixed_dictionaries(
         {name: st.text() | st.integers() for name in ("source", "target")},
-        optional={"mode": st.text() | st.just("swap"), "family": st.text(), "file": st.text()},
+        optional={"mode": st.text() | st.just("swap"), "file": st.text()},
     ),
 )
 
@@ -93,3 +94,59 @@ def test_long_prompts_are_refused(field):
 def test_parentheses_nested_too_deeply_are_refused():
     with pytest.raises(ValueError, match="nested"):
         asked(source="(" * 1500 + "a" + ")" * 1500, target="a")
+
+
+@settings(max_examples=150, deadline=None)
+@given(PROMPTS.filter(str.strip), PROMPTS.filter(str.strip), st.sampled_from(MODES))
+def test_the_edits_of_the_page_hold_every_word_once_under_its_kind(source, target, mode):
+    data = asked(source=source, target=target, mode=mode)
+    kinds = {"source": {}, "target": {}}
+    for pairing in data["pairings"]:
+        for side in kinds:
+            kinds[side] |= dict.fromkeys(pairing[side], "swapped" if pairing["swapped"] else "shared")
+    kinds["source"] |= dict.fromkeys(data["removed"], "removed")
+    kinds["target"] |= dict.fromkeys(data["new"], "new")
+    for side, expected in kinds.items():
+        found = [(word, edit["kind"]) for edit in data["edits"] for word in edit[side]]
+        assert sorted(found) == sorted(expected.items())
+        assert len(found) == len(data[side]["words"])
+    firsts = [edit["target"][0] for edit in data["edits"] if edit["target"]]
+    assert firsts == sorted(firsts)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "expected"),
+    [
+        ("a cat", "a cat", [("shared", [0, 1], [0, 1])]),
+        ("big red hat", "hat", [("removed", [0, 1], []), ("shared", [2], [0])]),
+        (
+            "a cat with a hat on a mat",
+            "a cat on a red mat",
+            [
+                ("shared", [0, 1], [0, 1]),
+                ("removed", [2, 3, 4], []),
+                ("shared", [5, 6], [2, 3]),
+                ("new", [], [4]),
+                ("shared", [7], [5]),
+            ],
+        ),
+        (
+            "hat, red dog, cat",
+            "cat, blue cat, hat",
+            [
+                ("shared", [5, 1], [0, 1]),
+                ("swapped", [2, 3], [2, 3]),
+                ("shared", [4, 0], [4, 5]),
+            ],
+        ),
+    ],
+)
+def test_the_edits_of_the_page_stand_where_the_target_has_them(source, target, expected):
+    found = asked(source=source, target=target)["edits"]
+    assert [(edit["kind"], [*edit["source"]], [*edit["target"]]) for edit in found] == expected
+
+
+def test_words_that_only_separate_tags_are_marked():
+    words = asked(source="cat,, dog\u3001 (red:1.2) !", target="a")["source"]["words"]
+    assert [word["comma"] for word in words] == [word["text"][0] in ",\u3001" for word in words]
+    assert sum(word["comma"] for word in words) == 2

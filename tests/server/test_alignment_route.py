@@ -27,7 +27,6 @@ def test_two_prompts_are_aligned(server):
         (b'{"source": "a cat", "target": ["a dog"]}', "target"),
         (b'{"source": "a cat", "target": " "}', "target prompt is empty"),
         (b'{"source": "a cat", "target": "a dog", "mode": "best"}', "mode"),
-        (b'{"source": "a cat", "target": "a dog", "family": "t5"}', "family"),
         (b'{"source": "a cat", "target": "a dog", "path": "/etc/passwd"}', "fields"),
         (b'{"source": "\\ud800", "target": "a dog"}', "source"),
         (b'{"source": "' + b"a" * 10_000 + b'", "target": "a dog"}', "10000 characters"),

@@ -2,40 +2,9 @@
 
 import pytest
 from p2p.tests.conftest import ROOT
+from p2p.tests.interface import INTERFACE, interface_of
 from p2p.tools.server import PACK
 
-# Input ids in order and output types with their names, as shared workflows rely on them. Optional inputs and
-# last outputs may be missing as long as the nodes that they belong to are.
-INTERFACE = {
-    "P2PPromptPair": ("clip source target mode", "edit:P2P_EDIT"),
-    "P2PTokenReweight": ("edit words scale target", "edit:P2P_EDIT"),
-    "P2PTauScheduler": (
-        "cross_start cross_end self_start self_end fade self_resolution words [self_mode] [mutual_layer]",
-        "tau:P2P_TAU",
-    ),
-    "P2PAttentionController": (
-        "model edit tau [blend] [trajectory] [reuse_gb]",
-        "model:MODEL positive:CONDITIONING [maps:P2P_MAPS]",
-    ),
-    "P2PPairedLatent": ("latent edit", "latent:LATENT"),
-    "P2PSampler": (
-        "model edit tau negative latent seed steps cfg sampler_name scheduler denoise "
-        "[blend] [trajectory] [reuse_gb]",
-        "source:LATENT targets:LATENT [maps:P2P_MAPS] [paired:LATENT]",
-    ),
-    "P2PSplitBranches": ("images edit", "source:IMAGE targets:IMAGE"),
-    "P2PComparisonGrid": ("images [labels] columns", "image:IMAGE"),
-    "P2PInvert": (
-        "model positive latent steps scheduler [cfg] [refinement] [reconstruction] [negative]",
-        "trajectory:P2P_TRAJECTORY noise:LATENT",
-    ),
-    "P2PFeatureInjection": (
-        "model edit feature_end attention_end [trajectory] [source_conditioning]",
-        "model:MODEL positive:CONDITIONING maps:P2P_MAPS",
-    ),
-    "P2PSavePairs": ("edit source targets filename_prefix [instruction]", ""),
-    "P2PDemoModel": ("", "model:MODEL clip:CLIP vae:VAE [picture:IMAGE]"),
-}
 WORKFLOWS = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
 
 
@@ -44,29 +13,9 @@ def nodes(server):
     return server.get("/object_info").json()
 
 
-def split(described, present):
-    """The names in order; those in brackets only if present."""
-    return [name.strip("[]") for name in described.split() if name[0] != "[" or name.strip("[]") in present]
-
-
 @pytest.mark.parametrize("node", INTERFACE)
-def test_inputs_have_the_ids_that_workflows_rely_on(nodes, node):
-    order = nodes[node]["input_order"]
-    required, optional = order.get("required", []), order.get("optional", [])
-    expected = split(INTERFACE[node][0], required + optional)
-    assert required == [name for name in expected if name in required]
-    assert optional == [name for name in expected if name in optional]
-    assert len(expected) == len(required) + len(optional)
-
-
-@pytest.mark.parametrize("node", INTERFACE)
-def test_outputs_have_the_types_and_order_that_workflows_rely_on(nodes, node):
-    found = [
-        f"{name}:{kind}" for name, kind in zip(nodes[node]["output_name"], nodes[node]["output"], strict=True)
-    ]
-    assert [name.casefold() for name in found] == [
-        name.casefold() for name in split(INTERFACE[node][1], found)
-    ]
+def test_inputs_and_outputs_are_served_as_workflows_rely_on_them(nodes, node):
+    assert interface_of(nodes[node]) == INTERFACE[node]
 
 
 @pytest.mark.parametrize("node", INTERFACE)

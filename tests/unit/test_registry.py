@@ -36,22 +36,21 @@ def test_the_pack_installs_nothing(pyproject):
     assert not (ROOT / "requirements.txt").exists() and not (ROOT / "install.py").exists()
 
 
-def test_the_registry_is_told_who_what_and_for_which_comfyui(pyproject):
+def test_the_registry_is_told_what_it_is_and_for_which_comfyui(pyproject):
     comfy = pyproject["tool"]["comfy"]
-    assert comfy["PublisherId"] and comfy["DisplayName"]
+    assert comfy["DisplayName"] and pyproject["project"]["description"]
     assert re.fullmatch(r">=\d+\.\d+\.\d+", comfy["requires-comfyui"])
-    assert pyproject["project"]["description"]
 
 
-@pytest.mark.parametrize("key", ["Icon", "Banner"])
-def test_pictures_lie_in_the_repository_once_it_has_an_address(pyproject, key):
-    address = pyproject["project"]["urls"].get("Repository")
-    picture = pyproject["tool"]["comfy"].get(key, "")
+def test_who_publishes_it_is_told_together_with_its_address_or_not_at_all(pyproject):
+    comfy, address = pyproject["tool"]["comfy"], pyproject["project"]["urls"].get("Repository")
     if not address:
-        assert not picture
+        assert not {"PublisherId", "Icon", "Banner"} & set(comfy)
         return
+    assert comfy["PublisherId"]
     raw = address.replace("https://github.com", "https://raw.githubusercontent.com")
-    assert picture == f"{raw}/main/docs/{key.lower()}.png"
+    for key in ("Icon", "Banner"):
+        assert comfy[key] == f"{raw}/main/docs/{key.lower()}.png"
 
 
 def test_the_icon_is_square_and_small_and_the_banner_wide():
@@ -62,7 +61,7 @@ def test_the_icon_is_square_and_small_and_the_banner_wide():
 
 def test_nothing_of_the_pack_runs_code_that_the_registry_refuses():
     """Its checks forbid eval, exec and installing packages at run time."""
-    rooms = ("attention", "sampling", "nodes", "demo/loader.py", "__init__.py")
+    rooms = ("attention", "sampling", "drawing", "nodes", "demo/loader.py", "__init__.py")
     files = [
         path for room in rooms for path in ((ROOT / room).rglob("*.py") if "." not in room else [ROOT / room])
     ]

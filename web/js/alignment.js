@@ -73,40 +73,6 @@ function read(data) {
   return sides;
 }
 
-/** Whether a word only separates tags, as attention/tags.py has it. */
-const isComma = ({ text }) => /[,\uff0c\u3001]/.test(text) && !/[\p{L}\p{N}]/u.test(text);
-
-/**
- * The edits that lead from one prompt to the other and the runs of shared words between them, in the target's order:
- * {kind, source, target}, the latter two being indices of words. Tags that moved stand where the target has them.
- */
-function edits({ source, target }, pairings) {
-  const found = pairings.map((pairing) => ({
-    kind: pairing.swapped ? "swapped" : "shared",
-    source: [...pairing.source],
-    target: [...pairing.target],
-    at: pairing.target[0],
-  }));
-  target.forEach((word, at) => {
-    if (word.kind === "new") found.push({ kind: "new", source: [], target: [at], at });
-  });
-  let at = -1; // of what the word before became
-  source.forEach((word, index) => {
-    if (word.kind === "removed") found.push({ kind: "removed", source: [index], target: [], at: at + 0.5 });
-    else at = Math.max(...word.partners);
-  });
-  const merged = [];
-  for (const next of found.sort((a, b) => a.at - b.at)) {
-    const last = merged.at(-1);
-    const follows = next.kind !== "swapped" || last?.source.at(-1) + 1 === next.source[0];
-    if (last?.kind === next.kind && follows) {
-      last.source.push(...next.source);
-      last.target.push(...next.target);
-    } else merged.push(next);
-  }
-  return merged;
-}
-
 class Picture {
   constructor() {
     this.open = new Set(); // texts of the runs of shared words that were unfolded
@@ -144,8 +110,9 @@ class Picture {
   show(data) {
     this.sides = read(data);
     this.pairings = data.pairings;
+    this.edits = data.edits;
     const count = (side, kind) =>
-      this.sides[side].filter((word) => !isComma(word) && (!kind || word.kind === kind)).length;
+      this.sides[side].filter((word) => !word.comma && (!kind || word.kind === kind)).length;
     this.summary = text("summary", {
       shared: count("target", "shared"),
       swapped: count("target", "swapped"),
@@ -180,7 +147,7 @@ class Picture {
   /** A word as a chip that says what becomes of it; commas are no more than that. */
   word(side, index) {
     const word = this.sides[side][index];
-    if (isComma(word)) return make("span", { class: "p2p-comma", "aria-hidden": "true" }, word.text);
+    if (word.comma) return make("span", { class: "p2p-comma", "aria-hidden": "true" }, word.text);
     const chip = make("span", {
       class: "p2p-word",
       role: "listitem",
@@ -203,10 +170,8 @@ class Picture {
 
   list() {
     this.stops.push([]);
-    const found = edits(this.sides, this.pairings);
-    const parts = found.flatMap((edit, n) => {
-      const { kind, source, target } = edit;
-      if (kind === "shared") return this.run(target, found[n - 1], found[n + 1]);
+    const parts = this.edits.flatMap(({ kind, source, target }, n) => {
+      if (kind === "shared") return this.run(target, this.edits[n - 1], this.edits[n + 1]);
       const before = source.map((index) => this.word("source", index));
       const after = target.map((index) => this.word("target", index));
       if (kind !== "swapped") return [...before, ...after].filter((part) => this.places.has(part));
@@ -218,10 +183,10 @@ class Picture {
 
   /** Shared words between two edits: folded, but for the rest of a tag that was edited. */
   run(indices, before, after) {
-    const comma = (index) => isComma(this.sides.target[index]);
+    const comma = (index) => this.sides.target[index].comma;
     const touches = (edit, end) => {
       const side = edit?.target.length ? "target" : "source";
-      return edit && !isComma(this.sides[side][edit[side].at(end)]);
+      return edit && !this.sides[side][edit[side].at(end)].comma;
     };
     const rest = (words) => {
       const length = words.findIndex(comma);
@@ -237,7 +202,7 @@ class Picture {
 
   /** A button that stands for words, and the words too once it was pressed. */
   fold(indices, show) {
-    const words = indices.filter((index) => !isComma(this.sides.target[index]));
+    const words = indices.filter((index) => !this.sides.target[index].comma);
     const key = words.map((index) => this.sides.target[index].text).join(" ");
     const isOpen = this.open.has(key);
     const label = text("folded", { count: words.length });

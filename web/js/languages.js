@@ -1,19 +1,7 @@
-// Names and tooltips of the pack's nodes in the page's language, and what else they are called. The page reads names
-// and tooltips itself from the same files, but some of its versions (1.32.9 is one) forget packs' translations when
-// they load the user's language.
+// Names and tooltips of the pack's nodes in the page's language. The page reads them itself from the same files, but
+// some of its versions (1.32.9 is one) forget packs' translations when they load the user's language.
 import { app } from "../../../scripts/app.js";
 import { nodeTexts } from "./shared.js";
-
-// Other words under which a node is looked for; pages that know of such words search them too.
-const METHOD = ["prompt to prompt", "prompt-to-prompt", "p2p"];
-const ALIASES = {
-  P2PPromptPair: [...METHOD, "word swap", "edit prompt"],
-  P2PSampler: [...METHOD, "paired sampler"],
-  P2PAttentionController: [...METHOD, "cross attention control", "masactrl"],
-  P2PTauScheduler: [...METHOD, "masactrl", "mutual self-attention"],
-  P2PInvert: [...METHOD, "ddim inversion", "null text"],
-  P2PFeatureInjection: [...METHOD, "pnp", "plug and play"],
-};
 
 let texts = {};
 
@@ -21,8 +9,6 @@ app.registerExtension({
   name: "prompt-to-prompt.languages",
 
   async addCustomNodeDefs(definitions) {
-    for (const [id, aliases] of Object.entries(ALIASES))
-      if (definitions[id]) definitions[id].search_aliases ??= aliases;
     texts = await nodeTexts;
     for (const [id, { display_name, description, inputs }] of Object.entries(texts)) {
       const definition = id.startsWith("P2P") ? definitions[id] : undefined;

@@ -82,43 +82,50 @@ export function rememberChange() {
   app.canvas.emitAfterChange?.();
 }
 
+const LOOK = 250; // ms from one look at the followed nodes to the next
 const followed = new Map(); // element -> {node, read, show, last, wasThere}
 
 /**
- * Calls show(values, node) whenever what read(node) returns has changed, while the element is on the page.
+ * Calls show(values, node) when what read(node) returns has changed, while the element is on the page.
  *
  * Widgets change by typing, dragging, undo, paste, loading and scripts, and no event covers all of these in
- * every front end; comparing a handful of values once per frame does. Where the page keeps the element of a node
- * that undo has replaced by another with its id, the element follows the new one.
+ * every front end; comparing a handful of values four times a second, and before the element is used, does. Where the
+ * page keeps the element of a node that undo has replaced by another with its id, the element follows the new one.
  */
 export function follow(node, element, read, show) {
-  if (!followed.size) requestAnimationFrame(frame);
-  followed.set(element, { node, read, show });
+  const entry = { node, read, show };
+  if (!followed.size) setTimeout(lookAtAll, LOOK);
+  followed.set(element, entry);
+  for (const use of ["pointerdown", "keydown"]) element.addEventListener(use, () => look(element, entry), true);
 }
 
-/** Makes what an element shows be drawn again, values changed or not. */
+/** Makes what an element shows be drawn again in the next frame, values changed or not. */
 export function redraw(element) {
   const entry = followed.get(element);
-  if (entry) entry.last = undefined;
+  if (!entry) return;
+  entry.last = undefined;
+  requestAnimationFrame(() => look(element, entry));
 }
 
-function frame() {
-  for (const [element, entry] of followed) {
-    if (!isThere(entry.node) && entry.wasThere) succeed(entry);
-    if (isThere(entry.node)) entry.wasThere = true;
-    else if (entry.wasThere && !element.isConnected) followed.delete(element);
-    if (!element.isConnected) continue;
-    const values = entry.read(entry.node);
-    const now = JSON.stringify(values);
-    if (now === entry.last) continue;
-    entry.last = now;
-    try {
-      entry.show(values, entry.node);
-    } catch (error) {
-      console.error("prompt-to-prompt", error);
-    }
+function lookAtAll() {
+  for (const [element, entry] of followed) look(element, entry);
+  if (followed.size) setTimeout(lookAtAll, LOOK);
+}
+
+function look(element, entry) {
+  if (!isThere(entry.node)) succeed(entry);
+  if (isThere(entry.node)) entry.wasThere = true;
+  else if (entry.wasThere && !element.isConnected) followed.delete(element);
+  if (!element.isConnected) return;
+  const values = entry.read(entry.node);
+  const now = JSON.stringify(values);
+  if (now === entry.last) return;
+  entry.last = now;
+  try {
+    entry.show(values, entry.node);
+  } catch (error) {
+    console.error("prompt-to-prompt", error);
   }
-  if (followed.size) requestAnimationFrame(frame);
 }
 
 function isThere(node) {

@@ -3,6 +3,7 @@ import { app } from "../../../scripts/app.js";
 import {
   addPicture, clamp, follow, isLinked, make, redraw, rememberChange, setWidget, svg, text, textsLoaded, widget,
 } from "./shared.js";
+import { parseLine, weight } from "./windows.js";
 
 const NAMES = 78; // px for the names of the windows, left of the bars
 const MARGIN = 10; // px right of them
@@ -13,21 +14,14 @@ const FRAME = 72; // px around the chart: the page's margin, padding, a sentence
 const SHOWN = 4; // windows that fit without scrolling
 
 const FRACTIONS = ["cross_start", "cross_end", "self_start", "self_end", "fade"];
-const ENTRY = /\s*(.+?)\s*:\s*(?:(\d*\.?\d+)\s*-\s*)?(\d*\.?\d+)\s*(?:,|$)/gy;
 
 const round = (value) => Math.round(value * 100) / 100;
 
-/** The entries of a line of the words box, as attention/schedule.py reads them; none if it cannot be read. */
-function entriesOf(line) {
-  const entries = [...line.trim().matchAll(ENTRY)];
-  return entries.map((entry) => entry[0]).join("") === line.trim() ? entries : [];
-}
-
 /** The windows of the words box, each with the number of its line. */
 function wordWindows(words) {
-  return words.split("\n").flatMap((line, number) => entriesOf(line).map(([, name, start, end]) => (
-    { kind: "word", name, line: number, start: Number(start ?? 0), end: Number(end) }
-  )));
+  return words.split("\n").flatMap((line, number) => (
+    parseLine(line).map((window) => ({ kind: "word", line: number, ...window }))
+  ));
 }
 
 /** What the node's widgets say, and which of them a link overrides. */
@@ -47,14 +41,6 @@ function windows(values) {
     { kind: "self", name: self, start: values.self_start, end: values.self_end },
     ...wordWindows(values.words),
   ];
-}
-
-/** Weight of a window at `progress`, 0 to 1, as attention/schedule.py has it; between its edges. */
-function weight({ start, end }, progress, fade) {
-  if (fade <= 0) return 1;
-  const falling = end < 1 ? (end - progress) / fade : 1;
-  const rising = start > 0 ? (progress - start) / fade : 1;
-  return clamp(Math.min(falling, rising), 0, 1);
 }
 
 /** Where an edge may go: windows begin before they end, and lie in the run. */
@@ -97,7 +83,7 @@ class Timeline {
   /** The sentence below the chart: what is wrong, else what the chart shows. */
   say() {
     const wrong = this.windows.find((window) => window.end < window.start || window.end > 1 || window.start > 1);
-    const unread = this.values.words.split("\n").find((line) => line.trim() && !entriesOf(line).length);
+    const unread = this.values.words.split("\n").find((line) => line.trim() && !parseLine(line).length);
     const message = wrong
       ? text("wrong", { name: wrong.name })
       : unread ? text("unread", { line: unread.trim() })
@@ -180,7 +166,8 @@ class Timeline {
     const corners = [start, start + fade, (start + end) / 2, end - fade, end]
       .filter((progress) => progress >= start && progress <= end)
       .sort((a, b) => a - b);
-    const edge = corners.map((progress) => [this.x(progress), top + BAR * (1 - weight(window, progress, fade))]);
+    const height = (progress) => BAR * weight(window, Math.min(progress, end - 1e-6), fade); // at the end: before it
+    const edge = corners.map((progress) => [this.x(progress), top + BAR - height(progress)]);
     return [[this.x(start), top + BAR], ...edge, [this.x(end), top + BAR]].map((point) => point.join()).join(" ");
   }
 
