@@ -6,6 +6,7 @@ import textwrap
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from comfy_api.latest import io
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
@@ -17,6 +18,11 @@ from .types import CATEGORY
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 GAP = 4  # px between the pictures
+FURTHER = {
+    "images_2": "More pictures, after those of images; other sizes are scaled to that of the first.",
+    "images_3": "More pictures, after those of images_2.",
+    "images_4": "More pictures, after those of images_3.",
+}
 
 
 class ComparisonGrid(io.ComfyNode):
@@ -28,7 +34,7 @@ class ComparisonGrid(io.ComfyNode):
             node_id="P2PComparisonGrid",
             display_name="Comparison Grid",
             category=CATEGORY,
-            description="Lays a batch of images out in columns, each under its label.",
+            description="Lays one or more batches of images out in columns, each image under its label.",
             inputs=[
                 io.Image.Input("images", tooltip="The pictures, in reading order."),
                 io.String.Input(
@@ -39,13 +45,37 @@ class ComparisonGrid(io.ComfyNode):
                     tooltip="One label per line: one for each image, or one for each column. Empty for none.",
                 ),
                 io.Int.Input("columns", default=2, min=1, max=64, tooltip="Images per row, from 1 to 64."),
+                *(io.Image.Input(name, optional=True, tooltip=tip) for name, tip in FURTHER.items()),
             ],
             outputs=[io.Image.Output("image", display_name="image")],
         )
 
     @classmethod
-    def execute(cls, images: Tensor, columns: int, labels: str = "") -> io.NodeOutput:
-        return io.NodeOutput(comparison_grid(images, labels.splitlines(), columns))
+    def execute(
+        cls,
+        images: Tensor,
+        columns: int,
+        labels: str = "",
+        images_2: Tensor | None = None,
+        images_3: Tensor | None = None,
+        images_4: Tensor | None = None,
+    ) -> io.NodeOutput:
+        batches = [batch for batch in (images, images_2, images_3, images_4) if batch is not None]
+        return io.NodeOutput(comparison_grid(joined(batches), labels.splitlines(), columns))
+
+
+def joined(batches: list[Tensor]) -> Tensor:
+    """Batches of images (b, height, width, channels) as one of RGB images, all of the first batch's size."""
+    height, width = batches[0].shape[1:3]
+    return torch.cat([_scaled(images[..., :3].to("cpu", torch.float32), height, width) for images in batches])
+
+
+def _scaled(images: Tensor, height: int, width: int) -> Tensor:
+    if images.shape[1:3] == (height, width):
+        return images
+    channels_first = rearrange(images, "b h w c -> b c h w")
+    scaled = F.interpolate(channels_first, (height, width), mode="bilinear", antialias=True)
+    return rearrange(scaled, "b c h w -> b h w c")
 
 
 def comparison_grid(images: Tensor, labels: list[str], columns: int) -> Tensor:

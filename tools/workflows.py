@@ -142,21 +142,25 @@ def common(batch: int) -> dict[str, Node]:
     }
 
 
+def decoded(*latents: tuple[str, int]) -> tuple[dict[str, Node], dict[str, tuple[str, int]]]:
+    """Latents decoded, each by a node of its own, and the links that lay them out in this order."""
+    nodes = {
+        f"decode{number}": Node("VAEDecode", {"samples": latent, "vae": ("model", VAE)})
+        for number, latent in enumerate(latents, 1)
+    }
+    return nodes, grid_links(*((name, 0) for name in nodes))
+
+
+def grid_links(*images: tuple[str, int]) -> dict[str, tuple[str, int]]:
+    return {"images" if number == 1 else f"images_{number}": image for number, image in enumerate(images, 1)}
+
+
 def ending(
     name: str, latents: list[tuple[str, int]], labels: list[str], columns: int, rows: int
 ) -> dict[str, Node]:
-    """Latents joined in order, decoded, laid out as a labelled grid and saved."""
-    nodes: dict[str, Node] = {}
-    joined = latents[0]
-    for number, latent in enumerate(latents[1:], 1):
-        nodes[f"join{number}"] = Node("LatentBatch", {"samples1": joined, "samples2": latent})
-        joined = (f"join{number}", 0)
-    nodes["decode"] = Node("VAEDecode", {"samples": joined, "vae": ("model", VAE)})
-    nodes["grid"] = Node(
-        "P2PComparisonGrid",
-        {"images": ("decode", 0)},
-        {"labels": "\n".join(labels), "columns": columns},
-    )
+    """Latents decoded, laid out in order as a labelled grid and saved."""
+    nodes, links = decoded(*latents)
+    nodes["grid"] = Node("P2PComparisonGrid", links, {"labels": "\n".join(labels), "columns": columns})
     nodes["save"] = saved(name, columns, rows, bool(labels))
     return nodes
 
@@ -190,10 +194,9 @@ def word_swap() -> Workflow:
         "tau": tau(),
         "sample": sampler(seed=1),
         **ending("word_swap", [("sample", SOURCE), ("sample", TARGETS)], [], columns=3, rows=2),
-        "decode_targets": Node("VAEDecode", {"samples": ("sample", TARGETS), "vae": ("model", VAE)}),
         "save_targets": Node(
             "SaveImage",
-            {"images": ("decode_targets", 0)},
+            {"images": ("decode2", 0)},
             {"filename_prefix": f"{PACK}/word_swap_target"},
             size=(300.0, PICTURE_FRAME + 300.0),
         ),
@@ -203,10 +206,10 @@ def word_swap() -> Workflow:
         [
             START,
             [Group("The edit", [["prompts", "tau"]], "#8A8")],
-            [Group("Source and target together", [["sample", "join1", "decode"]], "#88A")],
+            [Group("Source and target together", [["sample", "decode1", "decode2"]], "#88A")],
             [
                 Group("Source above, target below", [["grid", "save"]], "#b58b2a"),
-                Group("The targets alone", [["decode_targets", "save_targets"]], "#b58b2a"),
+                Group("The targets alone", [["save_targets"]], "#b58b2a"),
             ],
         ],
     )
@@ -245,8 +248,9 @@ def refinement() -> Workflow:
         ),
         "decode": Node("VAEDecode", {"samples": ("sample", 0), "vae": ("model", VAE)}),
         "split": Node("P2PSplitBranches", {"images": ("decode", 0), "edit": ("prompts", 0)}),
-        "join": Node("ImageBatch", {"image1": ("split", SOURCE), "image2": ("split", TARGETS)}),
-        "grid": Node("P2PComparisonGrid", {"images": ("join", 0)}, {"columns": 3}),
+        "grid": Node(
+            "P2PComparisonGrid", grid_links(("split", SOURCE), ("split", TARGETS)), {"columns": 3}
+        ),
         "save": saved("refinement", columns=3, rows=2, labels=False),
     }
     return Workflow(
@@ -255,7 +259,7 @@ def refinement() -> Workflow:
             START,
             [Group("The edit", [["prompts", "tau"]], "#8A8")],
             [Group("Stock nodes, paired", [["control", "pair", "sample"]], "#88A")],
-            [Group("Split the pairs", [["decode", "split", "join"]], "#88A")],
+            [Group("Split the pairs", [["decode", "split"]], "#88A")],
             [Group("Source above, target below", [["grid", "save"]], "#b58b2a")],
         ],
     )
@@ -295,7 +299,7 @@ def reweighting() -> Workflow:
             START,
             [Group("The edit", [["prompts", "tau"]], "#8A8")],
             rows,
-            [Group("Decode", [["join1", "join2", "join3", "decode"]], "#88A")],
+            [Group("Decode", [["decode1", "decode2", "decode3", "decode4"]], "#88A")],
             [Group("From less snow to more", [["grid", "save"]], "#b58b2a")],
         ],
     )
@@ -324,8 +328,7 @@ def tau_sweep() -> Workflow:
         "labels": Node(
             "StringConcatenate", {"string_b": ("sweep", 1)}, {"string_a": "source", "delimiter": "\n"}
         ),
-        "join": Node("LatentBatch", {"samples1": ("sample", SOURCE), "samples2": ("sample", TARGETS)}),
-        "decode": Node("VAEDecode", {"samples": ("join", 0), "vae": ("model", VAE)}),
+        "decode": Node("VAEDecode", {"samples": ("sample", PAIRED), "vae": ("model", VAE)}),
         "grid": Node(
             "P2PComparisonGrid", {"images": ("decode", 0), "labels": ("labels", 0)}, {"columns": 3}
         ),
@@ -337,7 +340,7 @@ def tau_sweep() -> Workflow:
             START,
             [Group("The edit", [["prompts", "tau"]], "#8A8")],
             [Group("One target at five values", [["sweep", "sample"]], "#88A")],
-            [Group("Decode", [["labels", "join", "decode"]], "#88A")],
+            [Group("Decode", [["labels", "decode"]], "#88A")],
             [Group("From free to faithful", [["grid", "save"]], "#b58b2a")],
         ],
     )
@@ -376,7 +379,7 @@ def word_windows() -> Workflow:
                 Group("All words to the end", [["tau", "sample"]], "#88A"),
                 Group("One word let go", [["tau_word", "sample_word"]], "#88A"),
             ],
-            [Group("Decode", [["join1", "join2", "decode"]], "#88A")],
+            [Group("Decode", [["decode1", "decode2", "decode3"]], "#88A")],
             [Group("Source, all words, one word let go", [["grid", "save"]], "#b58b2a")],
         ],
     )
@@ -414,7 +417,7 @@ def several_targets() -> Workflow:
         "sample": sampler(1, before),
         **ending(
             "several_targets",
-            [("sample", SOURCE), ("sample", TARGETS)],
+            [("sample", PAIRED)],
             ["source", "in a desert", "at night", "children drawing", "a house"],
             columns=3,
             rows=2,
@@ -425,7 +428,7 @@ def several_targets() -> Workflow:
         [
             START,
             [Group("The edits", [["prompts", "tau"], [f"target{n}" for n in (2, 3, 4)]], "#8A8")],
-            [Group("One source, four targets", [["sample", "join1", "decode"]], "#88A")],
+            [Group("One source, four targets", [["sample", "decode1"]], "#88A")],
             [Group("Four edits", [["grid", "save"]], "#b58b2a")],
         ],
     )
@@ -433,6 +436,7 @@ def several_targets() -> Workflow:
 
 def local_blend() -> Workflow:
     """An edit that reaches the whole picture, kept to one object."""
+    decodes, links = decoded(("sample", PAIRED), ("sample_blend", TARGETS))
     nodes = {
         "note": note(
             "Local blend",
@@ -451,9 +455,7 @@ def local_blend() -> Workflow:
         ),
         "sample": sampler(3, title="Paired Sampler, without blend"),
         "sample_blend": sampler(3, title="Paired Sampler, with blend", blend="blend"),
-        "join1": Node("LatentBatch", {"samples1": ("sample", SOURCE), "samples2": ("sample", TARGETS)}),
-        "join2": Node("LatentBatch", {"samples1": ("join1", 0), "samples2": ("sample_blend", TARGETS)}),
-        "decode": Node("VAEDecode", {"samples": ("join2", 0), "vae": ("model", VAE)}),
+        **decodes,
         "maps": Node(
             "P2PAttentionMaps",
             {"maps": ("sample_blend", MAPS), "samples": ("sample_blend", TARGETS)},
@@ -461,10 +463,9 @@ def local_blend() -> Workflow:
             room=ROWS,
         ),
         "mask": Node("MaskToImage", {"mask": ("maps", 1)}),
-        "join3": Node("ImageBatch", {"image1": ("decode", 0), "image2": ("mask", 0)}),
         "grid": Node(
             "P2PComparisonGrid",
-            {"images": ("join3", 0)},
+            {**links, "images_3": ("mask", 0)},
             {"labels": "source\nwithout blend\nwith blend\nits mask", "columns": 4},
         ),
         "save": saved("local_blend", columns=4, rows=1, labels=True),
@@ -475,7 +476,7 @@ def local_blend() -> Workflow:
             START,
             [Group("The edit", [["prompts", "tau", "blend"]], "#8A8")],
             [Group("Without and with blend", [["sample"], ["sample_blend"]], "#88A")],
-            [Group("Decode", [["maps", "mask", "join1", "join2", "decode", "join3"]], "#88A")],
+            [Group("Decode", [["decode1", "decode2", "maps", "mask"]], "#88A")],
             [Group("The region that may change", [["grid", "save"]], "#b58b2a")],
         ],
     )
@@ -508,8 +509,9 @@ def attention_maps() -> Workflow:
             room=ROWS,
         )
     nodes |= {
-        "join": Node("ImageBatch", {"image1": ("maps_source", 0), "image2": ("maps_target", 0)}),
-        "grid": Node("P2PComparisonGrid", {"images": ("join", 0)}, {"columns": 3}),
+        "grid": Node(
+            "P2PComparisonGrid", grid_links(("maps_source", 0), ("maps_target", 0)), {"columns": 3}
+        ),
         "save": saved("attention_maps", columns=3, rows=2, labels=True),
     }
     return Workflow(
@@ -522,7 +524,7 @@ def attention_maps() -> Workflow:
                 Group("The source's words", [["decode_source", "maps_source"]], "#88A"),
                 Group("The target's words", [["decode_target", "maps_target"]], "#88A"),
             ],
-            [Group("Source above, target below", [["join", "grid", "save"]], "#b58b2a")],
+            [Group("Source above, target below", [["grid", "save"]], "#b58b2a")],
         ],
     )
 
@@ -584,9 +586,10 @@ def photograph() -> Workflow:
         "tau": tau(),
         "sample": sampler(seed=1, trajectory="invert"),
         "decode": Node("VAEDecode", {"samples": ("sample", TARGETS), "vae": ("model", VAE)}),
-        "join": Node("ImageBatch", {"image1": ("model", IMAGE), "image2": ("decode", 0)}),
         "grid": Node(
-            "P2PComparisonGrid", {"images": ("join", 0)}, {"labels": "picture\nedited", "columns": 2}
+            "P2PComparisonGrid",
+            grid_links(("model", IMAGE), ("decode", 0)),
+            {"labels": "picture\nedited", "columns": 2},
         ),
         "save": saved("photograph", columns=2, rows=1, labels=True),
     }
@@ -596,7 +599,7 @@ def photograph() -> Workflow:
             PICTURE,
             [Group("Back to noise", [["source", "encode", "invert"]], "#88A")],
             [Group("The edit", [["prompts", "tau"]], "#8A8")],
-            [Group("Picture and target together", [["sample", "decode", "join"]], "#88A")],
+            [Group("Picture and target together", [["sample", "decode"]], "#88A")],
             [Group("Before and after", [["grid", "save"]], "#b58b2a")],
         ],
     )
@@ -707,7 +710,7 @@ def mutual_attention() -> Workflow:
                 Group("Prompt-to-Prompt", [["tau_map"], ["map"]], "#88A"),
                 Group("Mutual self-attention", [["tau_mutual"], ["mutual"]], "#88A"),
             ],
-            [Group("Decode", [["join1", "join2", "decode"]], "#88A")],
+            [Group("Decode", [["decode1", "decode2", "decode3"]], "#88A")],
             [Group("Source, map mode, mutual mode", [["grid", "save"]], "#b58b2a")],
         ],
     )
@@ -744,7 +747,7 @@ def second_pass() -> Workflow:
             START,
             [Group("The edit", [["prompts", "tau"]], "#8A8")],
             [Group("First pass", [["sample", "upscale"]], "#88A")],
-            [Group("Second pass, larger", [["tau2", "sample2", "join1", "decode"]], "#88A")],
+            [Group("Second pass, larger", [["tau2", "sample2", "decode1", "decode2"]], "#88A")],
             [Group("Source above, target below", [["grid", "save"]], "#b58b2a")],
         ],
     )

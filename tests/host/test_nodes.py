@@ -81,7 +81,8 @@ INTERFACE = {
         [("source", "IMAGE"), ("targets", "IMAGE")],
     ),
     "P2PComparisonGrid": (
-        [("images", "IMAGE"), ("labels", "STRING"), ("columns", "INT")],
+        [("images", "IMAGE"), ("labels", "STRING"), ("columns", "INT")]
+        + [(f"images_{n}", "IMAGE") for n in (2, 3, 4)],
         [("image", "IMAGE")],
     ),
     "P2PInvert": (
@@ -476,6 +477,13 @@ def place_of(grid, value):
     """Rows and columns that the image of this red covers."""
     where = (grid[0] - torch.tensor([value, 0, 0])).abs().amax(-1) < 1e-6
     return where.any(1).nonzero().flatten(), where.any(0).nonzero().flatten()
+
+
+def test_further_batches_follow_and_are_scaled_to_the_first():
+    reds = [solid(n, *size) for n, size in ((2, (32, 48)), (3, (64, 96)), (5, (32, 48)))]
+    further = {"images_2": reds[1][2:], "images_4": reds[2][4:]}
+    grid = ComparisonGrid.execute(reds[0], 2, "", **further).args[0]
+    assert torch.allclose(grid, grid_of(solid(5)[[0, 1, 2, 4]]), atol=1e-6)
 
 
 @pytest.mark.parametrize("labelled", ["none", "columns", "each"])

@@ -24,7 +24,7 @@ INTERFACE = {
         "source:LATENT targets:LATENT [maps:P2P_MAPS] [paired:LATENT]",
     ),
     "P2PSplitBranches": ("images edit", "source:IMAGE targets:IMAGE"),
-    "P2PComparisonGrid": ("images [labels] columns", "image:IMAGE"),
+    "P2PComparisonGrid": ("images [labels] columns [images_2] [images_3] [images_4]", "image:IMAGE"),
     "P2PInvert": (
         "model positive latent steps scheduler [cfg] [refinement] [reconstruction] [negative]",
         "trajectory:P2P_TRAJECTORY noise:LATENT",
