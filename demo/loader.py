@@ -159,4 +159,7 @@ def load_demo_model(
     Raises FileNotFoundError if the weights are not there, RuntimeError if they do not fit the host's classes.
     """
     parts, metadata = read_weights(path)
-    return _model(parts["unet"], metadata), _clip(parts["text"], metadata), _vae(parts["vae"])
+    model = _model(parts["unet"], metadata)
+    if hasattr(model, "cached_patcher_init"):  # how later hosts load it once more, for another GPU
+        model.cached_patcher_init = (load_demo_model, (path,), 0)
+    return model, _clip(parts["text"], metadata), _vae(parts["vae"])

@@ -47,6 +47,20 @@ def comparison_grid(images: Tensor, labels: Sequence[str], columns: int) -> Tens
     return F.pad(rows, (0, 0, 0, GAP, 0, GAP), value=PAPER)[None]
 
 
+def joined(batches: list[Tensor]) -> Tensor:
+    """Batches of images (b, height, width, channels) as one of RGB images, all of the first batch's size."""
+    height, width = batches[0].shape[1:3]
+    return torch.cat([_scaled(images[..., :3].to("cpu", torch.float32), height, width) for images in batches])
+
+
+def _scaled(images: Tensor, height: int, width: int) -> Tensor:
+    if images.shape[1:3] == (height, width):
+        return images
+    channels_first = rearrange(images, "b h w c -> b c h w")
+    scaled = F.interpolate(channels_first, (height, width), mode="bilinear", antialias=True)
+    return rearrange(scaled, "b c h w -> b h w c")
+
+
 def _rows(cells: Tensor, columns: int) -> Tensor:
     """Cells in rows, each with a gap above it and to its left: (b, h, w, 3) -> (height, width, 3)."""
     missing = -len(cells) % columns

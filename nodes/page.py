@@ -35,7 +35,7 @@ def alignment_data(source: EncodedPrompt, target: EncodedPrompt, alignment: Alig
 
     source, target: text, and words with their number of tokens and whether they only separate tags.
     pairings: words by index that share a map, swapped or not. new, removed: words by index. edits: as `edits`
-    gives them. description: the same for people, one line per word, and the textual inversions without a file.
+    gives them. description: the same for people, a line per word and per textual inversion without a file.
     """
 
     def words(prompt: Prompt) -> dict[str, Any]:

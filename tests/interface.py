@@ -66,7 +66,11 @@ INTERFACE = {
         "[trajectory: P2P_TRAJECTORY], [source_conditioning: CONDITIONING]",
         "model: MODEL, positive: CONDITIONING, maps: P2P_MAPS",
     ),
-    "P2PComparisonGrid": ("images: IMAGE, columns: INT = 2, [labels: STRING]", "image: IMAGE"),
+    "P2PComparisonGrid": (
+        "images: IMAGE, columns: INT = 2, [labels: STRING], [images_2: IMAGE], [images_3: IMAGE], "
+        "[images_4: IMAGE]",
+        "image: IMAGE",
+    ),
     "P2PSavePairs": (
         "edit: P2P_EDIT, source: IMAGE, targets: IMAGE, filename_prefix: STRING = pairs/pair, "
         "[instruction: STRING]",

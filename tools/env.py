@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -110,8 +109,7 @@ def build_host() -> Path:
 def requirements(host: Path) -> list[str]:
     """What `.venv` holds: torch, the host's requirements, and this pack's `dev` and `train` extras."""
     lines = [line.split("#")[0].strip() for line in (host / "requirements.txt").read_text().splitlines()]
-    hosts = [line for line in lines if line and re.split(r"[\s<>=~!\[;]", line)[0].lower() != "torchaudio"]
-    return sorted({"torch", "torchvision", "requests", *hosts, *extras()})
+    return sorted({"torch", "torchvision", "requests", *filter(None, lines), *extras()})
 
 
 def extras() -> list[str]:
