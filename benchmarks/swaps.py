@@ -24,7 +24,7 @@ SWAPS = [
     ("a cake on a beach", "a tree on a beach"),
 ]
 STEPS, SIZE = 20, 128
-SETTINGS = {"steps": STEPS, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal"}
+SETTINGS: dict[str, Any] = {"steps": STEPS, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal"}
 
 
 def draw(model: Any, clip: Any, vae: Any, source: str, target: str, seed: int) -> Any:

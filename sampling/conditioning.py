@@ -121,7 +121,7 @@ def own_conditionings(conds: Mapping[str, list[dict]], edit: Edit, mark: str) ->
                 if "negative" not in name:  # PerpNegGuider's is "empty_negative_prompt"
                     tensors.append(entry["model_conds"]["c_crossattn"])
                 elif any(
-                    _begins_with(entry["cross_attn"], cond) for cond, _ in edit.source.conditioning
+                    _begins_with(entry["cross_attn"], cond) for cond, _ in encoded(edit)[0].conditioning
                 ):
                     raise ValueError(
                         "The Attention Controller's positive conditioning is connected to a "

@@ -116,7 +116,9 @@ def _known_by(clip: Any) -> tuple | None:
     None for a CLIP with hooks, or of other nodes' making, of which nothing is known.
     """
     patcher = getattr(clip, "patcher", None)
-    if type(clip) is not CLIP or patcher.forced_hooks or clip.use_clip_schedule or patcher.object_patches:
+    if patcher is None or type(clip) is not CLIP:
+        return None
+    if patcher.forced_hooks or clip.use_clip_schedule or patcher.object_patches:
         return None
     return (
         patcher.patches_uuid,

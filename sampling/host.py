@@ -37,7 +37,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "comfy.samplers.KSamplerX0Inpaint": ("__call__",),
     "comfy.model_patcher.ModelPatcher": ("clone", "get_model_object", "get_wrappers", "add_wrapper_with_key"),
     "comfy.model_base.BaseModel": ("apply_model", "memory_required"),
-    "comfy.controlnet.ControlBase": ("copy",),
+    "comfy.controlnet.ControlNet": ("copy",),
     "comfy.sd1_clip.SDTokenizer": ("_try_get_embedding", "tokenize_with_weights", "untokenize"),
     "comfy.conds.CONDRegular": ("process_cond", "concat"),
     "comfy.model_management": ("get_free_memory", "soft_empty_cache"),
@@ -61,6 +61,13 @@ INSTANCE_ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "control": ("cond_hint_original", "extra_concat_orig", "previous_controlnet"),
 }
 """What objects have once they are made, by what they are; `guider` in mid-run."""
+
+ENTRIES: dict[str, tuple[str, ...]] = {
+    "entry": ("cross_attn", "model_conds", "uuid"),
+    "model_conds": ("c_crossattn",),
+    "transformer_options": ("cond_or_uncond", "sample_sigmas", "sigmas", "uuids"),
+}
+"""What the host's dictionaries hold in mid-run: an entry of conditioning, a forward's options."""
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -185,3 +185,74 @@ def test_samplers_with_churn_are_untied(studio, name):
     sampler = comfy.samplers.ksampler(name, {"s_churn": 2.0})
     rows = sampler_custom(model, positive, studio.negative, studio.rows(edit, empty()), Settings(), sampler)
     assert difference(rows[1:], rows[:1]) > EDITED
+
+
+# Samplers of other packs, which are not of the host's modules
+
+
+class StripedNoiseSampler:
+    """Noise of another kind than the host's: the same in all columns of an image."""
+
+    def __init__(self, x, seed=None):
+        self.x, self.generator = x, torch.Generator().manual_seed(seed or 0)
+
+    def __call__(self, sigma, sigma_next):
+        rows = torch.randn((*self.x.shape[:-1], 1), generator=self.generator)
+        return rows.expand(self.x.shape).to(self.x)
+
+
+def make_noise_sampler(x, seed):
+    return StripedNoiseSampler(x, seed=seed)
+
+
+@torch.no_grad()
+def sample_striped(model, x, sigmas, extra_args=None, callback=None, disable=None, noise_sampler=None):
+    """Euler's steps, each to zero noise and back up to the next level."""
+    seed = extra_args.get("seed")
+    noise_sampler = StripedNoiseSampler(x, seed=seed) if noise_sampler is None else noise_sampler
+    ones = x.new_ones([x.shape[0]])
+    for n in range(len(sigmas) - 1):
+        x = model(x, sigmas[n] * ones, **extra_args) + sigmas[n + 1] * noise_sampler(sigmas[n], sigmas[n + 1])
+    return x
+
+
+def sample_by_a_function(model, x, sigmas, extra_args=None, callback=None, disable=None, noise_sampler=None):
+    noise_sampler = noise_sampler or make_noise_sampler(x, extra_args.get("seed"))
+    return sample_striped(model, x, sigmas, extra_args, callback, disable, noise_sampler)
+
+
+def sample_through_another(model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
+    return sample_striped(model, x, sigmas, extra_args, callback, disable, **options)
+
+
+KINDS = {"striped": StripedNoiseSampler}
+
+
+def sample_of_a_table(model, x, sigmas, extra_args=None, callback=None, disable=None, noise_sampler=None):
+    noise_sampler = noise_sampler or KINDS["striped"](x, extra_args.get("seed"))
+    return sample_striped(model, x, sigmas, extra_args, callback, disable, noise_sampler)
+
+
+@pytest.mark.parametrize("function", [sample_striped, sample_by_a_function, sample_through_another])
+def test_samplers_of_other_packs_keep_their_own_kind_of_noise_tied(studio, function, caplog):
+    """Law 2: source and targets are plain runs, with the pack's noise; law 1: source and target share it."""
+    sampler = comfy.samplers.KSAMPLER(function)
+    plain = sampler_custom(
+        studio.model, studio.encode(SOURCE), studio.negative, empty(), Settings(), sampler
+    )
+    for edit, tau in ((studio.edit(), EMPTY), (studio.edit(SOURCE, SOURCE), FULL)):
+        model, positive = control(studio.model, edit, tau)
+        latent = studio.rows(edit, empty())
+        rows = sampler_custom(model, positive, studio.negative, latent, Settings(), sampler)
+        assert_close(rows[:1], plain)
+    assert_close(rows[1:], rows[:1])
+    assert sampler.sampler_function is function and not caplog.records
+
+
+def test_a_sampler_whose_noise_cannot_be_tied_gets_gaussian_noise_and_says_so(studio, caplog):
+    edit, sampler = studio.edit(SOURCE, SOURCE), comfy.samplers.KSAMPLER(sample_of_a_table)
+    model, positive = control(studio.model, edit, FULL)
+    latent = studio.rows(edit, empty())
+    rows = sampler_custom(model, positive, studio.negative, latent, Settings(), sampler)
+    assert_close(rows[1:], rows[:1])
+    assert "sample_of_a_table makes noise in a way that cannot be tied" in caplog.text
