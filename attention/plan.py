@@ -16,14 +16,12 @@ from .taken import CrossStep
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """All that attention needs to know of an edit; one entry per step of the run.
+    """What cross-attention needs to know of an edit; one entry per step of the run.
 
     cross: None where cross-attention is left alone.
-    self_: weight of the source's self-attention for each target, 0 to 1.
     """
 
     cross: tuple[CrossStep | None, ...]
-    self_: tuple[tuple[float, ...], ...]
 
 
 def check_words(edit: Edit, tau: TauSchedule) -> None:
@@ -76,10 +74,7 @@ def make_plan(edit: Edit, tau: TauSchedule, steps: int, length: int) -> Plan:
         if key not in made:
             made[key] = _cross_step(mapping, *tables)
         cross.append(made[key])
-    self_ = tuple(
-        tuple(schedule.self_weight(step / steps) for schedule in schedules) for step in range(steps)
-    )
-    return Plan(tuple(cross), self_)
+    return Plan(tuple(cross))
 
 
 def _cross_step(

@@ -42,7 +42,7 @@ class Window:
         return min(1.0, falling, rising)
 
 
-SELF_MODES = ("map", "mutual")
+SELF_MODES = ("map", "mutual", "map in both halves")
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ class TauSchedule:
     self_mode: "map": the target takes the source's self-attention map (Hertz et al. 2023). "mutual": it looks
         at the source, its own queries on the source's keys and values, in all layers from `mutual_layer` on
         and in both halves of guidance (Cao et al. 2023), so that shapes may change and looks stay.
+        "map in both halves": the map, in the negative prompt's half of guidance too, as InstructPix2Pix made
+        its data (Brooks et al. 2023). Its window, steps i of n with i / (n - 1) < p, ends at p (n - 1) / n.
     mutual_layer: the first layer of mutual self-attention, as a fraction of all layers in their order.
     """
 

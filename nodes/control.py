@@ -101,8 +101,9 @@ class TauScheduler(io.ComfyNode):
                     default=SELF_MODES[0],
                     optional=True,
                     tooltip="map: self-attention takes the source's map, which keeps shapes. mutual: it "
-                    "looks at the source's picture (MasaCtrl), which keeps looks and lets poses and shapes "
-                    "change; try self_start 0.1, self_end 1 and cross_end 0.",
+                    "looks at the source image (MasaCtrl), which keeps looks while poses and shapes change; "
+                    "try self_start 0.1, self_end 1 and cross_end 0. map in both halves: the map, under the "
+                    "negative prompt too, as InstructPix2Pix made its data.",
                 ),
                 io.Float.Input(
                     "mutual_layer",

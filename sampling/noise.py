@@ -103,10 +103,11 @@ def with_tied_factories(function: Callable, rows: int, branches: int) -> tuple[C
     if not inspect.isfunction(inner):
         return function, False
     replaced: dict[str, Any] = {}
+    hands_on = not _has_noise_sampler(inner)  # to a function that makes the noise
     for name, value in _uses(inner, deep=False):
         if callable(value) and "noisesampler" in name.lower().replace("_", ""):
             replaced[name] = _of_sources(value, rows, branches)
-        elif inspect.isfunction(value) and value is not inner and _has_noise_sampler(value):
+        elif hands_on and _has_noise_sampler(value):
             deeper, ties = with_tied_factories(value, rows, branches)
             if ties:
                 replaced[name] = deeper

@@ -19,18 +19,19 @@ class PromptToPrompt:
         self.tau = tau
 
     def taken(self, call: Call) -> Taken:
-        """The source's maps, in the pair's own conditioning."""
+        """The source's maps in the pair's own conditioning; of self-attention, in the others too if asked."""
+        both = self._self_attention(call, "map in both halves", everywhere=True)
         if call.length is None:
-            return Taken()
-        plan = self._plan(call)
-        weights = plan.self_[call.step]
-        self_ = SelfTaken(
-            "map",
-            weights,
-            of_kind(call.run.layers, "self"),
-            tuple(schedule.self_resolution for schedule in self.schedules),
-        )
-        return Taken(plan.cross[call.step], (self_,) if any(weights) else ())
+            return Taken(self_=both)
+        return Taken(self._plan(call).cross[call.step], self._self_attention(call, "map") + both)
+
+    def _self_attention(self, call: Call, mode: str, everywhere: bool = False) -> tuple[SelfTaken, ...]:
+        weights = tuple(schedule.self_weight(call.progress, mode) for schedule in self.schedules)
+        if not any(weights):
+            return ()
+        layers = of_kind(call.run.layers, "self")
+        largest = tuple(schedule.self_resolution for schedule in self.schedules)
+        return (SelfTaken("map", weights, layers, largest, everywhere),)
 
     def _plan(self, call: Call) -> Plan:
         length = call.length

@@ -39,7 +39,7 @@ def objects(studio):
 
     def look(executor, x, timestep, *args, **kwargs):
         seen["guider"] = executor.class_obj
-        names["guider"] = {name for name in host.INSTANCE_ATTRIBUTES["guider"] if hasattr(seen["guider"], name)}
+        names["guider"] = set(dir(seen["guider"]))
         names["entry"] = {name for entry in seen["guider"].conds["positive"] for name in entry}
         names["model_conds"] = set(seen["guider"].conds["positive"][0]["model_conds"])
         names["transformer_options"] = set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 from types import SimpleNamespace
 
 import comfy.model_management
@@ -211,12 +212,12 @@ def naive_run(studio, edit, tau, settings, latent, negative=None):
     def progress(options):
         return int((sigmas >= float(options["sigmas"][0]) * 0.9999).sum() - 1) / len(sigmas)
 
-    def each_row(q, k, v, options, edited_row):
+    def each_row(q, k, v, options, edited_row, everywhere=False):
         rows = q.shape[0] // len(options["cond_or_uncond"])
         out = []
         for n in range(q.shape[0]):
             branch, positive_chunk = n % rows, options["cond_or_uncond"][n // rows] == 0
-            if positive_chunk and branch:
+            if (positive_chunk or everywhere) and branch:
                 out.append(edited_row(n - branch, n, edit.targets[branch - 1]))
             else:
                 out.append(naive.plain(q[n], k[n], v[n], options["n_heads"]))
@@ -244,12 +245,12 @@ def naive_run(studio, edit, tau, settings, latent, negative=None):
     def self_(q, k, v, options):
         down = {1: 1, 2: 2}[round((latent["samples"][0, 0].numel() / q.shape[1]) ** 0.5)]
         inside = -(-size // down) / size <= tau.self_resolution
-        weight = tau.self_weight(progress(options)) if inside else 0.0
+        weight = tau.self_weight(progress(options), tau.self_mode) if inside else 0.0
 
         def edited_row(s, n, _target):
             return naive.self_row(q[s], k[s], q[n], k[n], v[n], options["n_heads"], weight)
 
-        return each_row(q, k, v, options, edited_row)
+        return each_row(q, k, v, options, edited_row, tau.self_mode == "map in both halves")
 
     for name, blocks in (("input", 12), ("middle", 1), ("output", 12)):
         for number in range(blocks):
@@ -275,6 +276,16 @@ EDITS = {
     "self-attention": ((SOURCE, TARGET), (), ONLY_SELF),
     "self-attention, every layer": ((SOURCE, TARGET), (), TauSchedule(Window(0, 0), Window(0, 1), 0.0, 1.0)),
     "self-attention, no layer": ((SOURCE, TARGET), (), TauSchedule(Window(0, 0), Window(0, 1), 0.0, 0.4)),
+    "self-attention in both halves": (
+        (SOURCE, TARGET),
+        (),
+        replace(ONLY_SELF, self_mode="map in both halves"),
+    ),
+    "all, faded, in both halves": (
+        (SOURCE, TARGET, "a cat"),
+        (("red", 2.0),),
+        replace(PART, self_mode="map in both halves"),
+    ),
     "all, faded": ((SOURCE, TARGET), (("red", 2.0),), PART),
     "windows of words": (
         (SOURCE, TARGET),
