@@ -49,17 +49,18 @@ def _groups(targets: int, count: int) -> tuple[Group, ...]:
 
 
 def is_whole(run: Run, forward: Forward) -> bool:
-    """Whether a forward cannot be split: a batch that is not made of pairs, or another node's attention."""
-    return forward.x.shape[0] % run.branches != 0 or replaces_attention(forward.options)
+    """Whether a forward cannot be split: a batch that is not made of pairs, or one that others see whole."""
+    return forward.x.shape[0] % run.branches != 0 or is_seen_whole(forward.options)
 
 
-def replaces_attention(options: dict) -> bool:
-    """Whether another node's function stands in attention's place, by transformer_options.
+def is_seen_whole(options: dict) -> bool:
+    """Whether another node's function stands in attention's place or around the network.
 
     Such a function may go by the batch's rows or remember them, so it has to see all of them at once.
+    options: transformer_options.
     """
     slots = options.get("patches_replace", {})
-    return bool(slots.get("attn1") or slots.get("attn2"))
+    return bool(slots.get("attn1") or slots.get("attn2")) or host.wraps_network(options)
 
 
 def parts(run: Run, forward: Forward, sources: Sources) -> Pieces:

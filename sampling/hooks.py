@@ -7,7 +7,6 @@ sampling begins and dropped when it ends, which travels in the run's own `transf
 
 from __future__ import annotations
 
-import copy
 import uuid
 import weakref
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from typing import Any, Protocol
 
 import comfy.model_management
 import latent_preview
-from comfy.patcher_extension import WrappersMP, get_all_wrappers
+from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ..attention.edit import Edit
@@ -242,7 +241,7 @@ def _through(
         with run.lock:
             run.due += 1
             run.injected += bool(reached)
-        if not run.injected and not get_all_wrappers(WrappersMP.DIFFUSION_MODEL, options):
+        if not run.injected and not host.wraps_network(options):
             raise nothing_injected()  # with such wrappers the network may have been left out of this forward
     return out
 
@@ -282,7 +281,7 @@ def _again(
     patcher = weakref.ref(guider.model_patcher)
     of_the_run = ("model_patcher", "model_options", "inner_model", "loaded_models", "conds")
     kept = {name: value for name, value in vars(guider).items() if name not in of_the_run}
-    shell = object.__new__(type(guider))
+    kind: Any = type(guider)
 
     def again() -> object:
         model = patcher()
@@ -291,7 +290,7 @@ def _again(
                 "The run ended without maps, and its model is no longer in memory. Sample again, for example "
                 "with another seed, with the maps connected."
             )
-        fresh = copy.copy(shell)
+        fresh = kind.__new__(kind)
         vars(fresh).update(kept, model_patcher=model, model_options=model.model_options)
         given["callback"] = latent_preview.prepare_callback(model, len(sigmas) - 1)
         return fresh.sample(noise, latent_image, sampler, sigmas, **given)

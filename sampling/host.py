@@ -14,6 +14,7 @@ from comfy.cli_args import args
 from comfy.k_diffusion.sampling import BrownianTreeNoiseSampler, default_noise_sampler
 from comfy.ldm.modules.attention import SpatialTransformer, SpatialVideoTransformer, optimized_attention
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, UNetModel, Upsample
+from comfy.patcher_extension import WrappersMP, get_all_wrappers
 from torch import Tensor
 
 __all__ = [
@@ -80,6 +81,11 @@ def free_memory(model: Any, device: torch.device) -> int:
     """Bytes that a forward of the host's BaseModel may take on the device."""
     host = comfy.model_management
     return getattr(model.current_patcher, "get_free_memory", host.get_free_memory)(device)
+
+
+def wraps_network(options: dict) -> bool:
+    """Whether another node wraps the network, by transformer_options, and may leave it out (EasyCache)."""
+    return bool(get_all_wrappers(WrappersMP.DIFFUSION_MODEL, options))
 
 
 def pins_memory() -> bool:

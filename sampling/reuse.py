@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..attention.taken import Taken
 from . import host
-from .forward import replaces_attention
+from .forward import is_seen_whole
 from .host import KEY
 from .network import Layer
 from .run import Call, Forward, Guest, Run, Sources, Start
@@ -310,7 +310,7 @@ class Keeping:
 def _sees_all_rows(options: dict) -> bool:
     """Whether another node acts inside attention, where it may mix the batch's rows or split them."""
     patches = options.get("patches", {})
-    return replaces_attention(options) or bool(patches.get("attn1_patch") or patches.get("attn2_patch"))
+    return is_seen_whole(options) or bool(patches.get("attn1_patch") or patches.get("attn2_patch"))
 
 
 def to_host(x: Tensor) -> Tensor:

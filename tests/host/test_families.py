@@ -62,9 +62,20 @@ def test_law_2_with_tau_empty_all_branches_are_plain_runs(family, empty_tau):
     """Each with its own prompt, pooled output and size embedding."""
     _, studio = family
     source, targets = empty_tau
-    assert_close(source, studio.plain(SOURCE, SETTINGS), TOLERANCE)
-    for target, text in zip(targets.split(1), TARGETS, strict=True):
-        assert_close(target, studio.plain(text, SETTINGS), TOLERANCE)
+    for row, text in zip((source, *targets.split(1)), (SOURCE, *TARGETS), strict=True):
+        plain = studio.plain(text, SETTINGS)
+        assert_close(row, plain, max(TOLERANCE, 2 * rounding(studio, text, plain)))
+
+
+def rounding(studio, text, plain):
+    """How far a row of a plain batch of as many rows is from the plain run of its prompt, in the host itself.
+
+    Some processors round a product of matrices otherwise for more rows, and zero-terminal-SNR models make
+    much of it.
+    """
+    rows = {"samples": torch.zeros(1 + len(TARGETS), 4, 8, 8), "batch_index": [0] * (1 + len(TARGETS))}
+    batch = ksampler(studio.model, studio.encode(text), studio.negative, rows, SETTINGS)
+    return difference(batch[:1], plain)
 
 
 def test_laws_1_and_3_equal_prompts_give_equal_images_and_the_source_never_changes(family, empty_tau):
