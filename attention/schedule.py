@@ -100,8 +100,8 @@ def _windows(line: str) -> Iterator[tuple[str, Window]]:
     """The entries of a line. A phrase may hold commas and colons; its window is behind its last colon."""
     begun: list[str] = []
     for part in line.split(","):
-        phrase, _, window = part.rpartition(":")
-        match = _WINDOW.fullmatch(window)
+        phrase, colon, window = part.rpartition(":")
+        match = _WINDOW.fullmatch(window) if colon else None
         name = ",".join([*begun, phrase]).strip() if match else ""
         if match is None or not name:
             begun.append(part)

@@ -7,7 +7,6 @@ with running_server() as server, open_editor(server) as editor:
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -94,18 +93,15 @@ class Editor:
         if "prompt_id" not in reply or reply.get("node_errors"):
             raise ServerError(f"the server did not accept the graph: {rejection(reply)}")
         total = len((answer.value.request.post_data_json or {}).get("prompt", [None]))
-        end = time.monotonic() + timeout
-        while time.monotonic() < end:
+
+        def look() -> None:
             self.page.wait_for_timeout(200)
             progress(min(1.0, sum(self.page.evaluate("() => Object.values(window.p2pProgress)")) / total))
-            entry = self.server.get(f"/history/{reply['prompt_id']}").json().get(reply["prompt_id"])
-            if entry and entry.get("status", {}).get("status_str"):
-                if error := failure(entry):
-                    raise ServerError(error)
-                return entry
-            if self.server.process.poll() is not None:
-                raise ServerError(f"the server ended; its log ends with:\n{self.server.log_tail()}")
-        raise ServerError(f"not done after {timeout:.0f} s; the log ends with:\n{self.server.log_tail()}")
+
+        entry = self.server.wait(reply["prompt_id"], timeout, look)
+        if error := failure(entry):
+            raise ServerError(error)
+        return entry
 
 
 def rejection(reply: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ from drawing.grid import contact_sheet
 
 from .browser import Editor, open_editor
 from .env import ROOT
+from .graphs import Graph, Node, node, paired, stock
 from .server import Server, ServerError, failure, running_server
 
 PICTURES = ROOT / "web" / "docs" / "pictures"
@@ -29,7 +30,6 @@ MARGIN = 16  # px
 CELL = 192  # px, one picture of an effect
 
 SOURCE, TARGET = "a cat riding a bicycle", "a cat riding a car"
-PAIR = {"source": SOURCE, "target": TARGET}
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def photograph(editor: Editor, node: str, scene: Scene) -> None:
         "after": scene.after,
         "widgets": scene.widgets,
         "size": scene.size,
-        "prompts": PAIR,
+        "prompts": {"source": SOURCE, "target": TARGET},
     }
     editor.page.evaluate(SHOW, [node, described])
     editor.page.wait_for_timeout(1500)  # the pictures in nodes ask the server
@@ -193,129 +193,59 @@ def photograph(editor: Editor, node: str, scene: Scene) -> None:
     image.quantize(COLORS, dither=Image.Dither.NONE).save(PICTURES / f"{node}.png", optimize=True)
 
 
-def base(**prompts: str) -> dict[str, Any]:
-    """The graph whose values the effects vary, in API format."""
+def saved(decoded: list[Any], name: str) -> Node:
+    return node("SaveImage", images=decoded, filename_prefix=name)
+
+
+def base(source: str = SOURCE, target: str = TARGET) -> Graph:
+    """The graph whose values the effects vary."""
     return {
-        "model": {"class_type": "P2PDemoModel", "inputs": {}},
-        "prompts": {
-            "class_type": "P2PPromptPair",
-            "inputs": {"clip": ["model", 1], "mode": "auto", **(prompts or PAIR)},
-        },
-        "tau": {
-            "class_type": "P2PTauScheduler",
-            "inputs": {
-                "cross_start": 0.0,
-                "cross_end": 0.8,
-                "self_start": 0.0,
-                "self_end": 0.4,
-                "fade": 0.0,
-                "self_resolution": 0.5,
-                "words": "",
-            },
-        },
-        "negative": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["model", 1], "text": ""}},
-        "latent": {
-            "class_type": "EmptyLatentImage",
-            "inputs": {"width": 128, "height": 128, "batch_size": 1},
-        },
-        "sample": {
-            "class_type": "P2PSampler",
-            "inputs": {
-                "model": ["model", 0],
-                "edit": ["prompts", 0],
-                "tau": ["tau", 0],
-                "negative": ["negative", 0],
-                "latent": ["latent", 0],
-                "seed": 1,
-                "steps": 20,
-                "cfg": 4.0,
-                "sampler_name": "euler",
-                "scheduler": "normal",
-                "denoise": 1.0,
-            },
-        },
-        "decode": {"class_type": "VAEDecode", "inputs": {"samples": ["sample", 1], "vae": ["model", 2]}},
-        "save": {"class_type": "SaveImage", "inputs": {"images": ["decode", 0], "filename_prefix": "effect"}},
-        "decode_source": {
-            "class_type": "VAEDecode",
-            "inputs": {"samples": ["sample", 0], "vae": ["model", 2]},
-        },
-        "save_source": {
-            "class_type": "SaveImage",
-            "inputs": {"images": ["decode_source", 0], "filename_prefix": "source"},
-        },
+        **paired(source, target),
+        "save": saved(["decode", 0], "effect"),
+        "decode_source": node("VAEDecode", samples=["sample", 0], vae=["model", 2]),
+        "save_source": saved(["decode_source", 0], "source"),
     }
 
 
-def reweight() -> dict[str, Any]:
+def reweight() -> Graph:
     prompt = "a house on a snowy street"
-    graph = base(source=prompt, target=prompt)
-    graph["weight"] = {
-        "class_type": "P2PTokenReweight",
-        "inputs": {"edit": ["prompts", 0], "words": "snowy", "scale": 1.0, "target": 0},
-    }
+    graph = base(prompt, prompt)
+    graph["weight"] = node("P2PTokenReweight", edit=["prompts", 0], words="snowy", scale=1.0, target=0)
     graph["tau"]["inputs"]["cross_end"] = 1.0
     graph["sample"]["inputs"]["edit"] = ["weight", 0]
     return graph
 
 
-def outlines() -> dict[str, Any]:
-    graph = base(source="a tree in a field", target="a castle in a field")
+def outlines() -> Graph:
+    graph = base("a tree in a field", "a castle in a field")
     graph["tau"]["inputs"]["cross_end"] = 0.2
     return graph
 
 
-def blend() -> dict[str, Any]:
-    graph = base(source="a tree in a field", target="a castle in a field")
-    graph["blend"] = {
-        "class_type": "P2PLocalBlend",
-        "inputs": {"words": "castle", "source_words": "tree", "exclude": "", "threshold": 0.3, "start": 0.2},
-    }
+def blend() -> Graph:
+    graph = base("a tree in a field", "a castle in a field")
+    graph["blend"] = node(
+        "P2PLocalBlend", words="castle", source_words="tree", exclude="", threshold=0.3, start=0.2
+    )
     graph["tau"]["inputs"] |= {"cross_end": 0.4, "self_end": 0.2}
     graph["sample"]["inputs"]["blend"] = ["blend", 0]
     return graph
 
 
-def features() -> dict[str, Any]:
-    graph = base()
-    graph["control"] = {
-        "class_type": "P2PFeatureInjection",
-        "inputs": {"model": ["model", 0], "edit": ["prompts", 0], "feature_end": 0.8, "attention_end": 0.5},
+def features() -> Graph:
+    return {
+        **stock(node("P2PFeatureInjection", feature_end=0.8, attention_end=0.5), SOURCE, TARGET),
+        "split": node("P2PSplitBranches", images=["decode", 0], edit=["prompts", 0]),
+        "save": saved(["split", 1], "effect"),
+        "save_source": saved(["split", 0], "source"),
     }
-    graph["pair"] = {
-        "class_type": "P2PPairedLatent",
-        "inputs": {"latent": ["latent", 0], "edit": ["prompts", 0]},
-    }
-    settings = graph["sample"]["inputs"]
-    graph["sample"] = {
-        "class_type": "KSampler",
-        "inputs": {
-            "model": ["control", 0],
-            "positive": ["control", 1],
-            "negative": ["negative", 0],
-            "latent_image": ["pair", 0],
-            **{
-                name: settings[name]
-                for name in ("seed", "steps", "cfg", "sampler_name", "scheduler", "denoise")
-            },
-        },
-    }
-    graph["decode"]["inputs"]["samples"] = ["sample", 0]
-    graph["split"] = {
-        "class_type": "P2PSplitBranches",
-        "inputs": {"images": ["decode", 0], "edit": ["prompts", 0]},
-    }
-    graph["save"]["inputs"]["images"] = ["split", 1]
-    graph["save_source"]["inputs"]["images"] = ["split", 0]
-    del graph["decode_source"]
-    return graph
 
 
 @dataclass(frozen=True)
 class Effect:
     """What an input of a node in a graph does at several values."""
 
-    graph: dict[str, Any]
+    graph: Graph
     node: str
     input: str
     values: tuple[Any, ...]
@@ -333,7 +263,7 @@ EFFECTS = {
 }
 
 
-def run(server: Server, graph: dict[str, Any]) -> dict[str, Image.Image]:
+def run(server: Server, graph: Graph) -> dict[str, Image.Image]:
     """The first picture of each node that saved some."""
     answer = server.queue(graph).json()
     if "prompt_id" not in answer:
@@ -342,8 +272,8 @@ def run(server: Server, graph: dict[str, Any]) -> dict[str, Image.Image]:
     if message := failure(entry):
         raise ServerError(message)
     found: dict[str, Image.Image] = {}
-    for node, content in server.images(entry):
-        found.setdefault(node, Image.open(io.BytesIO(content)).convert("RGB"))
+    for saver, content in server.images(entry):
+        found.setdefault(saver, Image.open(io.BytesIO(content)).convert("RGB"))
     return found
 
 

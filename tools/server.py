@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,8 +56,17 @@ class Server:
         """Posts a graph in API format, as the page does; the answer holds `prompt_id`, or what is wrong."""
         return requests.post(self.url + "/prompt", json={"prompt": prompt}, timeout=60)
 
-    def wait(self, prompt_id: str, timeout: float = 300.0) -> dict[str, Any]:
-        """The history entry of a queued graph, once it has ended well or badly."""
+    def wait(
+        self,
+        prompt_id: str,
+        timeout: float = 300.0,
+        meanwhile: Callable[[], None] = lambda: time.sleep(0.1),
+    ) -> dict[str, Any]:
+        """The history entry of a queued graph, once it has ended well or badly.
+
+        meanwhile: what is done between two looks; it should take a moment. Raises ServerError if the server
+        ends, or after `timeout` seconds.
+        """
         end = time.monotonic() + timeout
         while time.monotonic() < end:
             entry = self.get(f"/history/{prompt_id}").json().get(prompt_id)
@@ -67,7 +76,7 @@ class Server:
                 raise ServerError(
                     f"the server ended while it ran a graph; its log ends with:\n{self.log_tail()}"
                 )
-            time.sleep(0.1)
+            meanwhile()
         raise ServerError(
             f"the graph did not end within {timeout:.0f} s; the log ends with:\n{self.log_tail()}"
         )

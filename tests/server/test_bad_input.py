@@ -6,85 +6,25 @@ import json
 import pytest
 import requests
 from p2p.tools.browser import rejection
+from p2p.tools.graphs import node, paired, stock
 from p2p.tools.server import failure
 
 SOURCE = "a cat riding a bicycle"
 TARGET = "a cat riding a car"
 
-PAIRED = {
-    "model": {"class_type": "P2PDemoModel", "inputs": {}},
-    "prompts": {
-        "class_type": "P2PPromptPair",
-        "inputs": {"clip": ["model", 1], "source": SOURCE, "target": TARGET, "mode": "auto"},
-    },
-    "reweight": {
-        "class_type": "P2PTokenReweight",
-        "inputs": {"edit": ["prompts", 0], "words": "cat", "scale": 1.0, "target": 0},
-    },
-    "tau": {
-        "class_type": "P2PTauScheduler",
-        "inputs": {
-            "cross_start": 0.0,
-            "cross_end": 0.8,
-            "self_start": 0.0,
-            "self_end": 0.4,
-            "fade": 0.0,
-            "self_resolution": 0.5,
-            "words": "",
-        },
-    },
-    "negative": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["model", 1], "text": ""}},
-    "latent": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
-    "sample": {
-        "class_type": "P2PSampler",
-        "inputs": {
-            "model": ["model", 0],
-            "edit": ["reweight", 0],
-            "tau": ["tau", 0],
-            "negative": ["negative", 0],
-            "latent": ["latent", 0],
-            "seed": 1,
-            "steps": 1,
-            "cfg": 4.0,
-            "sampler_name": "euler",
-            "scheduler": "normal",
-            "denoise": 1.0,
-        },
-    },
-    "decode": {"class_type": "VAEDecode", "inputs": {"samples": ["sample", 1], "vae": ["model", 2]}},
-    "grid": {
-        "class_type": "P2PComparisonGrid",
-        "inputs": {"images": ["decode", 0], "labels": "", "columns": 2},
-    },
-    "save": {"class_type": "PreviewImage", "inputs": {"images": ["grid", 0]}},
+SHOWN = {
+    "grid": node("P2PComparisonGrid", images=["decode", 0], labels="", columns=2),
+    "save": node("PreviewImage", images=["grid", 0]),
 }
-
+PAIRED = {
+    **paired(SOURCE, TARGET, side=64, steps=1),
+    **SHOWN,
+    "reweight": node("P2PTokenReweight", edit=["prompts", 0], words="cat", scale=1.0, target=0),
+}
+PAIRED["sample"]["inputs"]["edit"] = ["reweight", 0]
 STOCK = {
-    **{
-        key: PAIRED[key]
-        for key in ("model", "prompts", "tau", "negative", "latent", "decode", "grid", "save")
-    },
-    "control": {
-        "class_type": "P2PAttentionController",
-        "inputs": {"model": ["model", 0], "edit": ["prompts", 0], "tau": ["tau", 0]},
-    },
-    "pair": {"class_type": "P2PPairedLatent", "inputs": {"latent": ["latent", 0], "edit": ["prompts", 0]}},
-    "sample": {
-        "class_type": "KSampler",
-        "inputs": {
-            "model": ["control", 0],
-            "positive": ["control", 1],
-            "negative": ["negative", 0],
-            "latent_image": ["pair", 0],
-            "seed": 1,
-            "steps": 1,
-            "cfg": 4.0,
-            "sampler_name": "euler",
-            "scheduler": "normal",
-            "denoise": 1.0,
-        },
-    },
-    "decode": {"class_type": "VAEDecode", "inputs": {"samples": ["sample", 0], "vae": ["model", 2]}},
+    **stock(node("P2PAttentionController", tau=["tau", 0]), SOURCE, TARGET, side=64, steps=1),
+    **SHOWN,
 }
 
 
@@ -193,10 +133,7 @@ def test_an_empty_prompt_is_an_error_that_says_which(server, prompt, text):
 
 def test_an_empty_further_target_is_refused(server):
     graph = changed(PAIRED, "reweight", edit=["more", 0])
-    graph["more"] = {
-        "class_type": "P2PAddTarget",
-        "inputs": {"clip": ["model", 1], "edit": ["prompts", 0], "target": " ", "mode": "auto"},
-    }
+    graph["more"] = node("P2PAddTarget", clip=["model", 1], edit=["prompts", 0], target=" ", mode="auto")
     assert_says(refusal(server, graph), "P2PAddTarget", "target - The target prompt is empty")
 
 
@@ -293,10 +230,7 @@ def test_a_latent_that_does_not_fit_the_branches_names_both_numbers(server, rows
 
 def test_images_that_do_not_fit_the_branches_name_both_numbers(server):
     graph = changed(changed(STOCK, "latent", batch_size=3), "decode", samples=["latent", 0])
-    graph["split"] = {
-        "class_type": "P2PSplitBranches",
-        "inputs": {"images": ["decode", 0], "edit": ["prompts", 0]},
-    }
+    graph["split"] = node("P2PSplitBranches", images=["decode", 0], edit=["prompts", 0])
     graph = changed(graph, "grid", images=["split", 1])
     assert_says(run_error(server, graph), "P2PSplitBranches", "3", "2")
 
@@ -307,24 +241,24 @@ def test_labels_that_do_not_fit_the_images_name_both_numbers(server):
 
 
 @pytest.mark.parametrize(
-    ("graph", "node"), [(PAIRED, "sample"), (STOCK, "control")], ids=["sampler", "controller"]
+    ("graph", "user"), [(PAIRED, "sample"), (STOCK, "control")], ids=["sampler", "controller"]
 )
-def test_an_unsupported_model_is_named_with_what_is_supported(server, graph, node):
-    graph = changed(graph, node, model=["other", 0])
-    graph["other"] = {"class_type": "TestJointAttentionModel", "inputs": {}}
+def test_an_unsupported_model_is_named_with_what_is_supported(server, graph, user):
+    graph = changed(graph, user, model=["other", 0])
+    graph["other"] = node("TestJointAttentionModel")
     assert_says(run_error(server, graph), "MMDIT", "SD1", "SDXL")
 
 
 @pytest.mark.parametrize("prompt", ["source", "target"])
 def test_an_empty_prompt_that_comes_by_a_link_ends_in_the_same_reason(server, prompt):
     graph = changed(PAIRED, "prompts", **{prompt: ["text", 0]})
-    graph["text"] = {"class_type": "PrimitiveString", "inputs": {"value": " "}}
+    graph["text"] = node("PrimitiveString", value=" ")
     assert_says(run_error(server, graph), "P2PPromptPair", prompt, "empty")
 
 
 def test_a_tau_window_that_comes_by_a_link_ends_in_the_same_reason(server):
     graph = changed(PAIRED, "tau", cross_start=0.5, cross_end=["number", 0])
-    graph["number"] = {"class_type": "PrimitiveFloat", "inputs": {"value": 0.25}}
+    graph["number"] = node("PrimitiveFloat", value=0.25)
     assert_says(run_error(server, graph), "P2PTauScheduler", "0.5", "0.25", "before")
 
 

@@ -9,49 +9,20 @@ import sys
 import pytest
 import requests
 from p2p.tests.conftest import ROOT
+from p2p.tools.graphs import node, paired
 from p2p.tools.server import failure
 from PIL import Image, ImageChops
 
 SOURCE, TARGETS = "a cat riding a bicycle", ["a (cat:1.2) riding a car", "a dog riding a bicycle"]
 
 
-def node(kind, **inputs):
-    return {"class_type": kind, "inputs": inputs}
-
-
 def graph(folder, seed=1, items=2):
-    """Pairs of two targets, and the same pictures through Save Image."""
-    found = {
-        "model": node("P2PDemoModel"),
-        "prompts": node("P2PPromptPair", clip=["model", 1], source=SOURCE, target=TARGETS[0], mode="auto"),
-        "edit": node("P2PAddTarget", clip=["model", 1], edit=["prompts", 0], target=TARGETS[1], mode="auto"),
-        "tau": node(
-            "P2PTauScheduler",
-            cross_start=0.0,
-            cross_end=0.8,
-            self_start=0.0,
-            self_end=0.4,
-            fade=0.0,
-            self_resolution=0.5,
-            words="",
-        ),
-        "negative": node("CLIPTextEncode", clip=["model", 1], text=""),
-        "latent": node("EmptyLatentImage", width=64, height=64, batch_size=items),
-        "sample": node(
-            "P2PSampler",
-            model=["model", 0],
-            edit=["edit", 0],
-            tau=["tau", 0],
-            negative=["negative", 0],
-            latent=["latent", 0],
-            seed=seed,
-            steps=2,
-            cfg=4.0,
-            sampler_name="euler",
-            scheduler="normal",
-            denoise=1.0,
-        ),
-    }
+    """Pairs of two targets, and the same images through Save Image."""
+    found = paired(SOURCE, TARGETS[0], side=64, items=items, seed=seed, steps=2)
+    found["edit"] = node(
+        "P2PAddTarget", clip=["model", 1], edit=["prompts", 0], target=TARGETS[1], mode="auto"
+    )
+    found["sample"]["inputs"]["edit"] = ["edit", 0]
     for output, name in enumerate(("source", "targets")):
         found[name] = node("VAEDecode", samples=["sample", output], vae=["model", 2])
         found[f"stock_{name}"] = node(
