@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from types import SimpleNamespace
 
-import comfy.model_management
+import comfy.sampler_helpers
 import comfy.samplers
 import pytest
 import torch
