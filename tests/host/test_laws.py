@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
 
-import comfy.model_management
+import comfy.sampler_helpers
 import comfy.samplers
 import pytest
 import torch
@@ -372,8 +372,15 @@ def test_law_5_cond_and_uncond_in_one_model_call_or_in_two(studio, monkeypatch, 
     together = studio.paired(studio.edit(), tau, model=model)
     assert set(chunks) == {2}
     chunks.clear()
-    monkeypatch.setattr(comfy.model_management, "load_models_gpu", lambda *_, **__: None)  # it is loaded
-    monkeypatch.setattr(model.model, "memory_required", lambda *_, **__: 1e30)
+    estimate = comfy.sampler_helpers.estimate_memory
+
+    def then_short(*args, **kwargs):
+        """Memory is short once the model is loaded."""
+        enough = estimate(*args, **kwargs)
+        monkeypatch.setattr(model.model, "memory_required", lambda *_, **__: 1e30)
+        return enough
+
+    monkeypatch.setattr(comfy.sampler_helpers, "estimate_memory", then_short)
     apart = studio.paired(studio.edit(), tau, model=model)
     assert set(chunks) == {1}
     for one, expected in zip(apart, together, strict=True):
