@@ -98,7 +98,7 @@ class TauScheduler(io.ComfyNode):
                     default=SELF_MODES[0],
                     optional=True,
                     tooltip="map: self-attention takes the source's map, which keeps shapes. mutual: it "
-                    "looks at the source's picture (MasaCtrl), which keeps looks and lets poses and shapes "
+                    "looks at the source's image (MasaCtrl), which keeps looks and lets poses and shapes "
                     "change; try self_start 0.1, self_end 1 and cross_end 0.",
                 ),
                 io.Float.Input(

@@ -60,8 +60,8 @@ def reuse_input() -> io.Input:
         max=256.0,
         step=0.5,
         optional=True,
-        tooltip="Memory of the computer (not of the GPU), in GB, in which runs keep their source, so that "
-        "the next edit of the same source costs about half. From 0 (off) to 256.",
+        tooltip="System RAM in GB for keeping source runs: the next edit of the same source then takes about "
+        "half the time. From 0 (off) to 256.",
     )
 
 
