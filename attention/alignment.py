@@ -101,15 +101,15 @@ def align(source: Prompt, target: Prompt, mode: str) -> Alignment:
     tags = {*split_tags(source)}, {*split_tags(target)}
     new: list[int] = []
     removed: list[int] = []
-    n0 = j0 = 0
-    for n1, j1 in [*matches, (len(order), len(keys))]:
-        left = [i for i in order[n0:n1] if i not in sources]
-        right = [j for j in range(j0, j1) if j not in targets]
-        swaps = _swaps(source, target, left, right, tags) if left and right and mode != "refine" else []
-        pairings += [Pairing(a, b, swapped=True) for a, b in swaps]
-        removed += sorted({*left}.difference(*(a for a, _ in swaps)))
-        new += sorted({*right}.difference(*(b for _, b in swaps)))
-        n0, j0 = n1 + 1, j1 + 1
+    place = word = 0  # the first of the source's order, and of the target's words, behind the last match
+    for matched_place, matched_word in [*matches, (len(order), len(keys))]:
+        old_run = [i for i in order[place:matched_place] if i not in sources]
+        new_run = [j for j in range(word, matched_word) if j not in targets]
+        swaps = _swaps(source, target, old_run, new_run, tags) if mode != "refine" else []
+        pairings += [Pairing(*swap, swapped=True) for swap in swaps]
+        removed += sorted({*old_run}.difference(*(swap[0] for swap in swaps)))
+        new += sorted({*new_run}.difference(*(swap[1] for swap in swaps)))
+        place, word = matched_place + 1, matched_word + 1
     return Alignment(
         tuple(sorted(pairings, key=lambda pairing: pairing.target)), tuple(new), tuple(sorted(removed))
     )
@@ -151,17 +151,19 @@ def _in_order_of(source: Prompt, target: Prompt) -> list[int]:
 
     Those tags trade places among themselves; every other word keeps its own.
     """
-    here, there = split_tags(source), split_tags(target)
-    left, right = [tag_text(source, tag) for tag in here], [tag_text(target, tag) for tag in there]
-    pairs = _match(left, right)
-    free = set(range(len(here))) - {n for n, _ in pairs}
-    for m in sorted(set(range(len(there))) - {m for _, m in pairs}):
-        n = next((n for n in sorted(free) if left[n] == right[m]), None)
+    source_tags, target_tags = split_tags(source), split_tags(target)
+    source_texts = [tag_text(source, tag) for tag in source_tags]
+    target_texts = [tag_text(target, tag) for tag in target_tags]
+    pairs = _match(source_texts, target_texts)
+    free = set(range(len(source_tags))) - {n for n, _ in pairs}
+    for m in sorted(set(range(len(target_tags))) - {m for _, m in pairs}):
+        n = next((n for n in sorted(free) if source_texts[n] == target_texts[m]), None)
         if n is not None:
             free.remove(n)
             pairs.append((n, m))
-    tags = [here[n] for n, _ in sorted(pairs, key=lambda pair: pair[1])]
-    placed = {here[n][0]: tag for n, tag in zip(sorted(n for n, _ in pairs), tags, strict=True)}
+    tags = [source_tags[n] for n, _ in sorted(pairs, key=lambda pair: pair[1])]
+    places_of_tags = sorted(source_tags[n][0] for n, _ in pairs)
+    placed = dict(zip(places_of_tags, tags, strict=True))
     inside = {word for tag in tags for word in tag[1:]}
     places = [place for place in range(len(source.words)) if place not in inside]
     return [word for place in places for word in placed.get(place, (place,))]
@@ -173,19 +175,19 @@ def _moved(source: Prompt, target: Prompt, matches: Sequence[tuple[int, int]]) -
     Such a tag changed places with one that was edited. The comma beside it comes along.
     """
     sources, targets = {i for i, _ in matches}, {j for _, j in matches}
-    left = [tag for tag in split_tags(source) if sources.isdisjoint(tag)]
-    right = [tag for tag in split_tags(target) if targets.isdisjoint(tag)]
+    source_tags = [tag for tag in split_tags(source) if sources.isdisjoint(tag)]
+    target_tags = [tag for tag in split_tags(target) if targets.isdisjoint(tag)]
     moved: list[tuple[int, int]] = []
-    for there in right:
-        for here in left:
-            if tag_text(source, here) != tag_text(target, there) or not (
-                sources.isdisjoint(here) and targets.isdisjoint(there)
+    for target_tag in target_tags:
+        for source_tag in source_tags:
+            if tag_text(source, source_tag) != tag_text(target, target_tag) or not (
+                sources.isdisjoint(source_tag) and targets.isdisjoint(target_tag)
             ):
                 continue
-            pairs = list(zip(here, there, strict=True))
-            i, j = _free_comma(source, here, sources), _free_comma(target, there, targets)
-            if i is not None and j is not None:
-                pairs.append((i, j))
+            pairs = list(zip(source_tag, target_tag, strict=True))
+            commas = _free_comma(source, source_tag, sources), _free_comma(target, target_tag, targets)
+            if commas[0] is not None and commas[1] is not None:
+                pairs.append((commas[0], commas[1]))
             moved += pairs
             sources.update(i for i, _ in pairs)
             targets.update(j for _, j in pairs)
@@ -200,22 +202,27 @@ def _free_comma(prompt: Prompt, tag: Tag, taken: set[int]) -> int | None:
 
 
 def _swaps(
-    source: Prompt, target: Prompt, left: Sequence[int], right: Sequence[int], tags: tuple[set[Tag], set[Tag]]
+    source: Prompt,
+    target: Prompt,
+    old_run: Sequence[int],
+    new_run: Sequence[int],
+    tags: tuple[set[Tag], set[Tag]],
 ) -> list[tuple[Tag, Tag]]:
     """What is swapped for what where a run of the source's words faces a run of the target's.
 
     tags: all of both prompts. Runs of whole tags pair tag by tag as far as both go. Punctuation around a run
     stays out of it.
     """
-    here, there = split_tags(source, left), split_tags(target, right)
-    whole = tags[0].issuperset(here) and tags[1].issuperset(there)
-    runs = zip(here, there, strict=False) if whole else [(trim(source, left), trim(target, right))]
+    old_tags, new_tags = split_tags(source, old_run), split_tags(target, new_run)
+    whole = tags[0].issuperset(old_tags) and tags[1].issuperset(new_tags)
+    trimmed = trim(source, old_run), trim(target, new_run)
+    runs = zip(old_tags, new_tags, strict=False) if whole else [trimmed]
     swaps: list[tuple[Tag, Tag]] = []
-    for a, b in runs:
-        if len(a) == len(b):
-            swaps += [((i,), (j,)) for i, j in zip(a, b, strict=True)]
-        elif a and b:
-            swaps.append((a, b))
+    for old, new in runs:
+        if len(old) == len(new):
+            swaps += [((i,), (j,)) for i, j in zip(old, new, strict=True)]
+        elif old and new:
+            swaps.append((old, new))
     return swaps
 
 

@@ -260,8 +260,10 @@ def _checksums(text: str) -> list[int]:
 
 def _without_punctuation(text: str) -> str:
     """Text from its first to its last letter or symbol: the vocabulary joins punctuation, ")," is a word."""
-    inside = [n for n, letter in enumerate(text) if not is_punctuation(letter)]
-    return text[inside[0] : inside[-1] + 1] if inside else ""
+    inside = (n for n, letter in enumerate(text) if not is_punctuation(letter))
+    first = next(inside, len(text))
+    last = next((n for n in range(len(text), first, -1) if not is_punctuation(text[n - 1])), first)
+    return text[first:last]
 
 
 def _without_weights(phrase: str) -> str:

@@ -75,6 +75,6 @@ def _tokens_to_scale(edit: Edit, words: str) -> list[int]:
     ]
     if not changed:
         raise ValueError(
-            "No word's scale to sweep: the target's words are all in the source. Write words of the target."
+            "Nothing to sweep: every word of the target is also in the source. Name the words to scale."
         )
     return changed

@@ -18,8 +18,8 @@ def _mode_input() -> io.Combo.Input:
         "mode",
         options=list(MODES),
         default="auto",
-        tooltip="swap: replaced words take the old words' maps. refine: only shared words keep the source's "
-        "maps. auto: swap where words are replaced, refine where words are added.",
+        tooltip="auto: replaced words take the old words' maps; a tag that only moved stays shared. swap: "
+        "the same, strictly by position. refine: only shared words keep the source's maps.",
     )
 
 
@@ -48,7 +48,7 @@ class PromptPair(io.ComfyNode):
                     "source",
                     multiline=True,
                     dynamic_prompts=True,
-                    tooltip="The prompt of the picture to start from.",
+                    tooltip="The prompt of the image to start from.",
                 ),
                 io.String.Input(
                     "target",
@@ -129,7 +129,8 @@ class TokenReweight(io.ComfyNode):
                     max=GAIN_LIMIT,
                     step=0.05,
                     tooltip="c from -2 to 2: 1 leaves the word as it is, 2 doubles its effect, 0 removes it, "
-                    "below 0 pushes away from it. Scales of several nodes multiply.",
+                    "below 0 pushes away from it. Scales of several nodes multiply; their product must stay "
+                    "in this range.",
                 ),
                 io.Int.Input(
                     "target", default=0, min=0, max=64, tooltip="Which target, from 1; 0 means all of them."

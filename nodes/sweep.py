@@ -31,7 +31,7 @@ class TauSweep(io.ComfyNode):
                     default=5,
                     min=LIMITS[0],
                     max=LIMITS[1],
-                    tooltip="How many values, from 2 to 16; the run makes the source besides.",
+                    tooltip="How many values, from 2 to 16. The run also makes the source.",
                 ),
                 io.Combo.Input(
                     "parameter",

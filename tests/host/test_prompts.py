@@ -403,6 +403,14 @@ def test_textual_inversions_for_both_encoders_of_sdxl(inversions):
         read(clip, "a embedding:uneven cat", "source")
 
 
+def test_many_textual_inversions_are_read_in_linear_time(inversions, monkeypatch):
+    clip, vector = clip_with(inversions), torch.zeros(768)
+    vectors = [(vector, 1.0, n // 2) for n in range(100_000)]
+    tokenized = {"l": [[(49406, 1.0, 0), *vectors, (49407, 1.0, 0)]]}
+    monkeypatch.setattr(clip, "tokenize", lambda *_, **__: tokenized)
+    assert words_of(read(clip, "a cat", "source")) == ["embedding:"] * 50_000
+
+
 # Whole runs
 
 

@@ -6,6 +6,8 @@ import re
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from p2p.attention.prompt import END, START, Word, WordNotFound, read_prompt, spell, split_words
 from p2p.tests.prompts import pieces_of, prompt_of
 
@@ -262,3 +264,58 @@ def test_characters_in_one_token_are_one_word():
 def test_names_are_spelled_as_the_vocabulary_does(text):
     assert spell(text) == spelled(text)
     assert read_prompt("", [[START, spell(text) + "</w>", END]]).words[0].text == text
+
+
+LONG = 100_000
+"""Letters. Whoever tries every pair of places, or every place where a gap could end, needs minutes."""
+
+FILLINGS = ["1", ".", "#", "#1", "# ", " ", ":", ":1", "-", ",", "(", ")", "(a:1", "\\("]
+FILLINGS += ['"', "_", "ab", "a ", "embedding:", "embedding:a.pt", "\n"]
+FILLINGS += ["\u200b", "\u0301\u0316", "\ufffd", "\u732b", "\U0001f431"]
+
+
+@pytest.mark.parametrize("filling", FILLINGS)
+def test_long_phrases_are_looked_up_in_linear_time(filling):
+    prompt, filling = prompt_of("a cat on a mat"), filling * (LONG // len(filling))
+    with pytest.raises(WordNotFound, match="Its words are: a, cat, on, mat"):
+        prompt.find(f"x{filling}x")
+    assert not prompt.contains(f"cat{filling}#x") and not prompt.contains(f"cat#{filling}x")
+    assert split_words(f"a{filling}x".replace("\n", " "))[-1].endswith("x")
+
+
+def test_phrases_are_found_in_long_prompts_in_linear_time():
+    prompt = prompt_of(" ".join(["a"] * LONG), window=1000)
+    count = LONG * 2 // 5
+    assert prompt.occurrences("a " * count) == [tuple(range(count)), tuple(range(count, 2 * count))]
+    assert not prompt.contains("a " * (LONG // 2) + "b") and prompt.contains("a" * LONG)
+    with pytest.raises(WordNotFound, match="Its words are: a$|Its words are: a\\."):
+        prompt.find("zebra")
+
+
+def test_a_long_prompt_of_many_words_lists_them_in_linear_time():
+    words = [f"w{n}" for n in range(LONG // 5)]
+    with pytest.raises(WordNotFound) as error:
+        prompt_of(" ".join(words), window=1000).find("zebra")
+    assert str(error.value).endswith(f"Its words are: {', '.join(words)}.")
+
+
+def test_long_runs_of_characters_are_read_in_linear_time():
+    letters = spelled("\ufffd" * (LONG // 3))
+    prompt = read_prompt("", [[START, *letters[:-1], letters[-1] + "</w>", END]])
+    assert prompt.words == tuple(Word("\ufffd", (n, n + 1, n + 2)) for n in range(1, len(letters) + 1, 3))
+
+
+def test_an_entry_that_is_too_long_is_refused():
+    with pytest.raises(ValueError, match="list of words cannot be read"):
+        split_words("a" * 200_000)
+
+
+@given(st.lists(st.sampled_from(["a", "b", "ab", "_"]), min_size=1, max_size=8), st.text("ab", max_size=6))
+def test_a_phrase_is_found_wherever_a_run_of_words_spells_it(words, phrase):
+    places, first = [], 0
+    while first < len(words):
+        runs = (range(first, last) for last in range(first + 1, len(words) + 1) if words[first] != "_")
+        run = next((run for run in runs if "".join(words[n] for n in run).replace("_", "") == phrase), None)
+        places += [tuple(run)] if run else []
+        first = run.stop if run else first + 1
+    assert prompt_of(" ".join(words)).occurrences(phrase) == places

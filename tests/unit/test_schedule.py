@@ -165,6 +165,23 @@ def test_a_line_that_cannot_be_read_is_quoted(line):
     assert "fractions of the run from 0 to 1" in str(error.value)
 
 
+@pytest.mark.parametrize("filling", [*"1.-: \t,()\"\u0661", "1.", "0-", ": 0", "a "])
+def test_long_lines_are_read_in_linear_time(filling):
+    """Whoever tries every place where a number or a gap could end needs minutes for one of these."""
+    filling = filling * (200_000 // len(filling))
+    assert parse_word_windows(f"a{filling}b: 0.5") == ((f"a{filling}b", Window(0, 0.5)),)
+    with pytest.raises(ValueError, match="Cannot read the line"):
+        parse_word_windows(f"a: {filling}x")
+
+
+def test_many_windows_are_read_in_linear_time():
+    line = ", ".join(["hat: 0.25-0.5"] * 20_000)
+    assert parse_word_windows(line) == (("hat", Window(0.25, 0.5)),) * 20_000
+    assert parse_word_windows("hat: 0." + "1" * 200_000) == (("hat", Window(0, 1 / 9)),)
+    with pytest.raises(ValueError, match="expected a fraction of the run"):
+        parse_word_windows("hat: " + "1" * 200_000)
+
+
 @pytest.mark.parametrize("line", ["hat: 1.5", "hat: 0.6-0.2", "hat: 3"])
 def test_a_window_out_of_range_is_quoted_with_its_line(line):
     with pytest.raises(ValueError, match="tau window") as error:

@@ -62,7 +62,7 @@ def test_scale_goes_from_minus_two_to_two_for_the_words_that_are_meant(words, ga
         (["a dog"], (3, "self_end", "dog"), ValueError, "self_end has no use for 'dog'"),
         (["a dog"], (3, "scale", "zebra"), WordNotFound, "Its words are: a, dog"),
         (["a dog"], (3, "scale", "cat"), WordNotFound, "The source has it"),
-        (["a cat"], (3, "scale"), ValueError, "the target's words are all in the source"),
+        (["a cat"], (3, "scale"), ValueError, "every word of the target is also in the source"),
     ],
 )
 def test_what_cannot_be_swept_is_an_error(targets, arguments, error, message):
