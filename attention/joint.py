@@ -1,0 +1,487 @@
+"""Prompt-to-Prompt where one softmax runs over text and image tokens: the joint attention of transformers.
+
+Shapes: b rows, r rows that are targets, h heads, L tokens (text, image and others), n image tokens, t
+tokens of the text, d head width. q, k and v are (b, h, L, d) or (b, L, h d); k and v may have fewer heads
+than q. Rows are the first axis and tokens the last but one in both, and in what attention returns,
+whichever of the two it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce
+from torch import Tensor
+
+from .inject import Rows
+from .maps import MapRows, MapStep
+
+Attention = Callable[..., Tensor]
+"""q, k, v and, where the call has one, mask -> softmax(q k^T / sqrt(d) + mask) v, any kernel."""
+
+Spans = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Where the tokens of text and image lie in q, k and v. All others stay each row's own.
+
+    text: its parts, in the order in which the edit counts their tokens. image: the tokens that are denoised.
+    Others are registers, reference images, and tokens that fill the text up. Every slice has a start and a
+    stop.
+    """
+
+    text: Spans
+    image: slice
+
+    def others(self, length: int) -> Spans:
+        """What is not image, of `length` tokens in all."""
+        ends = (slice(0, self.image.start), slice(self.image.stop, length))
+        return tuple(span for span in ends if span.start < span.stop)
+
+
+Groups = tuple[tuple[Tensor, Spans], ...] | None
+"""The rows of a call by the columns of k and v that they keep, or None where all rows keep all."""
+
+
+def groups_of(kept: Sequence[Spans], length: int, device: torch.device) -> Groups:
+    """Rows that keep the same columns together, so that padding is left out of the softmax exactly.
+
+    kept: for each row of a call the columns of k and v that are not padding. length: L of the call.
+    """
+    rows: dict[tuple[tuple[int, int], ...], list[int]] = {}
+    for row, spans in enumerate(kept):
+        rows.setdefault(tuple((span.start, span.stop) for span in spans), []).append(row)
+    if all(sum(stop - start for start, stop in ends) == length for ends in rows):
+        return None
+    return tuple(
+        (torch.tensor(group, dtype=torch.long, device=device), tuple(slice(*end) for end in ends))
+        for ends, group in rows.items()
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """Which columns of k and v are no padding, for prompts of unequal length.
+
+    own: of all rows with their own text. origin: of all rows with the text of rows.origin. target: of the
+    rows of rows.target with their own text. origin_target: of these with the text of rows.origin.
+    """
+
+    own: Groups = None
+    origin: Groups = None
+    target: Groups = None
+    origin_target: Groups = None
+
+
+ALL = Columns()
+
+
+def columns_of(
+    kept: Sequence[Spans], origin: Sequence[int], target: Sequence[int], length: int, device: torch.device
+) -> Columns:
+    """The columns that each call keeps; made once per forward, from numbers, so that no layer waits for it.
+
+    kept: for each row, and each known one behind the batch, the columns of its own text and of all that is
+    not text. origin, target: as in `Rows`, as numbers.
+    """
+
+    def groups(rows: Sequence[int]) -> Groups:
+        return groups_of([kept[row] for row in rows], length, device)
+
+    origins = [origin[row] for row in target]
+    return Columns(groups(range(len(origin))), groups(origin), groups(target), groups(origins))
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """The tensors of one attention call. A v (b, L, h, d) beside k (b, L, h d), as SD3's is, becomes as k.
+
+    mask: added to the logits, or boolean, over (q tokens, k tokens), (rows, k tokens) or with rows first and
+    these two last, any axis but the last of size 1; None for no mask.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.v.ndim > self.k.ndim:
+            object.__setattr__(self, "v", self.v.flatten(2))
+
+    def rows(self, index: Tensor) -> Call:
+        mask = self.mask
+        if mask is not None and self._mask_has_rows:
+            mask = mask.index_select(0, index)
+        q, k, v = (x.index_select(0, index) for x in (self.q, self.k, self.v))
+        return Call(q, k, v, mask)
+
+    def queries(self, spans: Spans) -> Call:
+        mask = self.mask
+        if mask is not None and self._mask_has_queries and mask.shape[-2] > 1:
+            mask = cut(mask, spans)
+        return replace(self, q=cut(self.q, spans), mask=mask)
+
+    def keys(self, spans: Spans) -> Call:
+        mask = self.mask if self.mask is None else torch.cat([self.mask[..., span] for span in spans], -1)
+        return Call(self.q, cut(self.k, spans), cut(self.v, spans), mask)
+
+    def attend(self, attend: Attention, groups: Groups = None) -> Tensor:
+        """The attention of these tensors, with the columns that each row keeps."""
+        if groups is None:
+            return attend(self.q, self.k, self.v, **({} if self.mask is None else {"mask": self.mask}))
+        parts = [self.rows(rows).keys(spans).attend(attend) for rows, spans in groups]
+        out = parts[0].new_empty(self.q.shape[0], *parts[0].shape[1:])
+        for (rows, _), part in zip(groups, parts, strict=True):
+            out[rows] = part
+        return out
+
+    @property
+    def _mask_has_rows(self) -> bool:
+        assert self.mask is not None
+        return self.mask.shape[0] == self.q.shape[0] > 1 and (
+            self.mask.ndim > 2 or not self._mask_has_queries
+        )
+
+    @property
+    def _mask_has_queries(self) -> bool:
+        assert self.mask is not None
+        return self.mask.ndim > 2 or self.mask.shape[0] in (1, self.q.shape[-2])
+
+
+def cut(x: Tensor, spans: Spans) -> Tensor:
+    """Some tokens of x, without a copy where they are one piece."""
+    parts = [x[..., span, :] for span in spans]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
+
+
+@dataclass(frozen=True, eq=False)
+class WordStep:
+    """How the text's columns in the target's image rows are edited, with an entry for each of rows.target.
+
+    moved: M diag(share), (r, t, t): what each token takes of the source's map; None where no token takes any.
+    own: 1 - share, (r, t), or None where nothing is kept, of the image's columns neither.
+    weight: (r,), the share of the source in the columns of the image and all other tokens, 0 to 1.
+    gain: (r, t), the re-weighting c of each column, or None where no word is re-weighted.
+    """
+
+    moved: Tensor | None
+    own: Tensor | None
+    weight: Tensor
+    gain: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Term:
+    """A part of the target's edited map, times values: softmax(q k^T / sqrt(d)) [text v_T ; weight v_rest].
+
+    call: of the whole batch. batch, target: its columns for all rows and for the targets alone. text: (r,
+    t, t) on the text's values, (r, t), a factor on each, or None for weight. weight: (r,), or None for 1,
+    then of the text too.
+    """
+
+    call: Call
+    batch: Groups
+    target: Groups
+    text: Tensor | None = None
+    weight: Tensor | None = None
+
+    def values(self, v: Tensor, tokens: Tokens) -> Tensor:
+        """The values whose ordinary attention is this term of v (r, ..., L, d), the targets' values."""
+        if self.weight is None:
+            return v
+        out = v * _like(self.weight[:, None, None], v)
+        if self.text is None:
+            return out
+        text, table = cut(v, tokens.text), self.text
+        moved = _like(table, v) @ text if table.ndim == 3 else _like(table[..., None], v) * text
+        return _put(out, tokens.text, moved)
+
+    def of_all(self, attend: Attention, rows: Rows, tokens: Tokens, gain: Tensor | None) -> Tensor:
+        """The term in the targets' rows, and ordinary attention in all others."""
+        if gain is None and self.weight is None:
+            return self.call.attend(attend, self.batch)
+        v = self.call.v.clone()
+        v[rows.target] = self.values(_gained(v.index_select(0, rows.target), gain, tokens), tokens)
+        return replace(self.call, v=v).attend(attend, self.batch)
+
+    def of_targets(
+        self, attend: Attention, rows: Rows, tokens: Tokens, queries: Spans | None, values: Callable
+    ) -> Tensor:
+        """The term in the targets' rows alone, for some queries. values: from the targets' v."""
+        call = self.call.rows(rows.target)
+        call = replace(call, v=self.values(values(call.v), tokens))
+        return (call if queries is None else call.queries(queries)).attend(attend, self.target)
+
+
+def image_attention(
+    attend: Attention,
+    call: Call,
+    *,
+    tokens: Tokens,
+    rows: Rows,
+    heads: int,
+    weight: Tensor | None = None,
+    gain: Tensor | None = None,
+    columns: Columns = ALL,
+    sources: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Joint attention with the source's queries and keys of image tokens in the target's rows.
+
+        A* = softmax([q_T,t ; q_I,s] [k_T,t ; k_I,s]^T / sqrt(d))
+        weight A* v_t + (1 - weight) A_t v_t
+
+    All queries of a target see these keys, as published. One call, two for a weight between 0 and 1;
+    re-weighting acts on the image's queries alone and adds two. Source: Shin et al., ICCV 2025, image
+    projections.
+
+    weight: (r,), or None for 1. gain: as in `WordStep`. heads: of q.
+    columns: where prompts have unequal lengths. sources: the queries and keys, (q, k), that rows.origin
+    speaks of, if they are not those of the call (`paired_rows`, known).
+    """
+    q, k = sources or (call.q, call.k)
+    image = (tokens.image,)
+    taken = replace(call, q=_from_origin(call.q, q, rows, image), k=_from_origin(call.k, k, rows, image))
+    terms = [_Term(taken, columns.own, columns.target, weight=weight)]
+    if weight is not None:
+        terms.append(_Term(call, columns.own, columns.target, weight=1 - weight))
+    return _edited(attend, terms, terms, tokens, rows, heads, gain)
+
+
+def mutual_attention(
+    attend: Attention,
+    call: Call,
+    *,
+    tokens: Tokens,
+    rows: Rows,
+    heads: int,
+    weight: Tensor | None = None,
+    gain: Tensor | None = None,
+    columns: Columns = ALL,
+) -> Tensor:
+    """Joint attention in which the target's image queries look at the source's image.
+
+        A* v* = softmax(q_I,t [k_T,t ; k_I,s]^T / sqrt(d)) [v_T,t ; v_I,s]
+        weight A* v* + (1 - weight) A_t v_t
+
+    The text's queries are left alone, by a small second call. Arguments as in `image_attention`.
+    Source: Cao et al. 2023 (MasaCtrl), mutual self-attention control, on the image's part of a joint softmax.
+    """
+    image = (tokens.image,)
+    taken = replace(
+        call, k=_from_origin(call.k, call.k, rows, image), v=_from_origin(call.v, call.v, rows, image)
+    )
+    own = _Term(call, columns.own, columns.target)
+    terms = [_Term(taken, columns.own, columns.target, weight=weight)]
+    if weight is not None:
+        terms.append(replace(own, weight=1 - weight))
+    return _edited(attend, terms, [own], tokens, rows, heads, gain)
+
+
+def word_attention(
+    attend: Attention,
+    call: Call,
+    *,
+    tokens: Tokens,
+    rows: Rows,
+    heads: int,
+    step: WordStep,
+    columns: Columns = ALL,
+    sources: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Joint attention with the source's maps of words, and of the image, in the target's image rows.
+
+        softmax(q_I,s [k_T,s ; k_I,s]^T / sqrt(d)) [M diag(share) v_T,t ; weight v_I,t]
+        + softmax(q_I,t [k_T,t ; k_I,t]^T / sqrt(d)) [(1 - share) o v_T,t ; (1 - weight) v_I,t]
+
+    The text's queries are left alone. Two calls where nothing is kept; else three, for there are three
+    pairs of keys and values, and the third has the targets' image queries only. Re-weighting doubles the
+    calls that have image queries only. Columns of two softmaxes do not sum to one exactly; they are used as
+    they are.
+
+    step: what is taken of which token. Other arguments as in `image_attention`.
+    Source: Hertz et al. 2023, section 3.2, with the text's columns of a joint softmax as cross-attention
+    maps.
+    """
+    own = _Term(call, columns.own, columns.target)
+    kept = None if step.own is None else replace(own, text=step.own, weight=1 - step.weight)
+    if step.moved is None:
+        terms = [own if kept is None else kept]
+        return _edited(attend, terms, [own], tokens, rows, heads, step.gain)
+    q, k = sources or (call.q, call.k)
+    taken = replace(
+        call,
+        q=_from_origin(call.q, q, rows, (tokens.image,)),
+        k=_from_origin(call.k, k, rows, (*tokens.text, tokens.image)),
+        mask=call.mask if sources else call.rows(rows.origin).mask,
+    )
+    source = _Term(taken, columns.origin, columns.origin_target, text=step.moved, weight=step.weight)
+    terms = [source] if kept is None else [source, kept]
+    return _edited(attend, terms, [own], tokens, rows, heads, step.gain)
+
+
+def _edited(
+    attend: Attention,
+    terms: Sequence[_Term],
+    rest: Sequence[_Term],
+    tokens: Tokens,
+    rows: Rows,
+    heads: int,
+    gain: Tensor | None,
+) -> Tensor:
+    """The sum of terms for the targets' image queries, that of `rest` for their others, all else as it is."""
+    whole = rest is terms and gain is None
+    image = None if whole else (tokens.image,)
+    out = terms[0].of_all(attend, rows, tokens, gain)
+    if whole and len(terms) == 1:
+        return out
+    edited = cut(out.index_select(0, rows.target), image or (slice(None),))
+    for term in terms[1:]:
+        edited = edited + term.of_targets(attend, rows, tokens, image, lambda v: _gained(v, gain, tokens))
+    if image is None:
+        out[rows.target] = edited
+        return out
+    if gain is not None:
+        ratio = _row_sums(attend, terms, tokens, rows, heads, gain).to(edited.dtype)
+        edited = _join_heads(_split_heads(edited, heads) * ratio, edited.ndim)
+    _put(out, image, edited, rows.target)
+    others = tokens.others(out.shape[-2])
+    parts = [term.of_targets(attend, rows, tokens, others, lambda v: v) for term in rest]
+    return _put(out, others, sum(parts[1:], parts[0]), rows.target)
+
+
+def _row_sums(
+    attend: Attention,
+    terms: Sequence[_Term],
+    tokens: Tokens,
+    rows: Rows,
+    heads: int,
+    gain: Tensor,
+) -> Tensor:
+    """What keeps the sums of the map's rows when c_j a_j takes the place of a_j: sum a_j / sum |c_j| a_j.
+
+    (r, h, n, 1), in float32 at least.
+    So re-weighting acts as a factor on exp(logit) would: a word takes its share from all others, c = 0
+    leaves it out. Indicators of the columns in the place of values, |c| in each head's first number and 1
+    in the others, make ordinary attention return both sums. Source: as re-weighting before the softmax,
+    ColorCtrl, ICLR 2026.
+    """
+
+    def indicators(v: Tensor) -> Tensor:
+        ones = v.new_ones(v.shape[0], v.shape[-2], width)
+        ones[..., :1] = _gained(ones[..., :1], gain.abs(), tokens)
+        return _in_each_head(ones, v)
+
+    q = terms[0].call.q
+    width = q.shape[-1] if q.ndim == 4 else q.shape[-1] // heads
+    parts = [term.of_targets(attend, rows, tokens, (tokens.image,), indicators) for term in terms]
+    sums = _split_heads(sum(parts[1:], parts[0]), heads)
+    sums = sums.to(torch.promote_types(sums.dtype, torch.float32))
+    return sums[..., 1:2] / sums[..., :1].clamp_min(1e-6)
+
+
+def joint_maps(
+    attend: Attention,
+    call: Call,
+    *,
+    tokens: Tokens,
+    rows: MapRows,
+    heads: int,
+    step: MapStep,
+    own_text: bool = False,
+    columns: tuple[Groups, Groups] = (None, None),
+) -> Tensor:
+    """The wanted tokens' maps over the image, averaged over heads: (pairs x B, n, W), float32.
+
+        softmax(q_I [k_T ; k_I]^T / sqrt(d)) E
+
+    with E one-hot on the text's columns, as `token_maps` of cross-attention: one call for each term and d
+    tokens.
+
+    step: its columns count the tokens of all parts of the text. own_text: where step is shared, with the
+    branch's own text keys (`image_attention`), else with the source's (`word_attention`).
+    columns: of rows.row with the text of the first term's keys, and with their own.
+    """
+    own = call.rows(rows.row)
+    first = own
+    if step.shared:
+        spans = (tokens.image,) if own_text else (*tokens.text, tokens.image)
+        origin = call.rows(rows.origin)
+        first = replace(
+            own,
+            q=_put(own.q.clone(), (tokens.image,), cut(origin.q, (tokens.image,))),
+            k=_put(own.k.clone(), spans, cut(origin.k, spans)),
+            mask=own.mask if own_text else origin.mask,
+        )
+    read = _read(attend, first, heads, tokens, step.first.index_select(0, rows.branch), columns[0])
+    if step.second is None:
+        return read
+    second = step.second.index_select(0, rows.branch)
+    return read + _read(attend, own, heads, tokens, second, columns[1])
+
+
+def _read(
+    attend: Attention, call: Call, heads: int, tokens: Tokens, wanted: Tensor, groups: Groups
+) -> Tensor:
+    """Columns take the place of values, d at a time: kernels that build no map want a head's width."""
+    call = call.queries((tokens.image,))
+    width = call.q.shape[-1] if call.q.ndim == 4 else call.q.shape[-1] // heads
+    padded = F.pad(wanted.to(call.v.dtype), (0, -wanted.shape[2] % width))
+    read = []
+    for part in padded.split(width, dim=2):
+        values = _put(part.new_zeros(part.shape[0], call.v.shape[-2], width), tokens.text, part)
+        out = replace(call, v=_in_each_head(values, call.v)).attend(attend, groups)
+        read.append(reduce(_split_heads(out.float(), heads), "b h n d -> b n d", "mean"))
+    return torch.cat(read, dim=2)[:, :, : wanted.shape[2]]
+
+
+def _from_origin(x: Tensor, origins: Tensor, rows: Rows, spans: Spans) -> Tensor:
+    """x with some tokens of the targets' rows as their sources have them."""
+    origin = rows.origin.index_select(0, rows.target)
+    return _put(x.clone(), spans, cut(origins, spans).index_select(0, origin), rows.target)
+
+
+def _put(x: Tensor, spans: Spans, values: Tensor, rows: Tensor | None = None) -> Tensor:
+    """x, with values written into some of its tokens, of all rows or of some."""
+    begin = 0
+    for span in spans:
+        end = begin + span.stop - span.start
+        if rows is None:
+            x[..., span, :] = values[..., begin:end, :]
+        else:
+            x[..., span, :][rows] = values[..., begin:end, :]
+        begin = end
+    return x
+
+
+def _gained(v: Tensor, gain: Tensor | None, tokens: Tokens) -> Tensor:
+    """v of the targets with c_j on the text's columns."""
+    if gain is None:
+        return v
+    return _put(v.clone(), tokens.text, cut(v, tokens.text) * _like(gain[..., None], v))
+
+
+def _like(table: Tensor, x: Tensor) -> Tensor:
+    """(r, ..) for x (r, L, ..), and (r, 1, ..) for x (r, h, L, ..)."""
+    return table if x.ndim == 3 else table[:, None]
+
+
+def _in_each_head(values: Tensor, like: Tensor) -> Tensor:
+    """(r, L, d), the same in each head, laid out as v."""
+    if like.ndim == 4:
+        return values[:, None].repeat(1, like.shape[1], 1, 1)
+    return values.repeat(1, 1, like.shape[-1] // values.shape[-1])
+
+
+def _split_heads(x: Tensor, heads: int) -> Tensor:
+    """What attention returned, in whichever layout, as (b, h, n, d)."""
+    return x if x.ndim == 4 else rearrange(x, "b n (h d) -> b h n d", h=heads)
+
+
+def _join_heads(x: Tensor, axes: int) -> Tensor:
+    """(b, h, n, d) in the layout that has so many axes."""
+    return x if axes == 4 else rearrange(x, "b h n d -> b n (h d)")
