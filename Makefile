@@ -21,11 +21,11 @@ serve: env  ## start ComfyUI with this pack and print its address (PORT=8188)
 test: env  ## run all tests (ARGS="tests/unit -k swap" for some)
 	@$(VENV)/pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
-lint: env  ## ruff and mypy
+lint: env  ## ruff, mypy, and who may import whom
 	@mkdir -p .cache/typecheck && ln -sfn "$(CURDIR)" .cache/typecheck/p2p  # a name that Python can import
 	@failed=0; $(VENV)/ruff check . || failed=1; cd .cache/typecheck && \
 	"$(CURDIR)/$(VENV)/mypy" --config-file "$(CURDIR)/pyproject.toml" --cache-dir "$(CURDIR)/.mypy_cache" -p p2p \
-	|| failed=1; exit $$failed
+	|| failed=1; "$(CURDIR)/$(VENV)/lint-imports" "$(CURDIR)/pyproject.toml" --no-cache || failed=1; exit $$failed
 
 format: env  ## let ruff sort imports and fix what it can
 	@$(VENV)/ruff check --fix .
