@@ -115,9 +115,9 @@ def _known_by(clip: Any) -> tuple | None:
     Equal for a CLIP and its clones until one of them is changed. Keeps neither model nor tokenizer alive.
     None for a CLIP with hooks, or of other nodes' making, of which nothing is known.
     """
-    patcher = getattr(clip, "patcher", None)
-    if patcher is None or type(clip) is not CLIP:
+    if type(clip) is not CLIP:
         return None
+    patcher = clip.patcher
     if patcher.forced_hooks or clip.use_clip_schedule or patcher.object_patches:
         return None
     return (
