@@ -20,6 +20,7 @@ from .host import KEY
 from .maps import MapRecording, MapsHandle
 from .mutual import MutualSelfAttention
 from .network import layers_of
+from .notice import Notice
 from .plug_and_play import PlugAndPlay
 from .prompt_to_prompt import PromptToPrompt
 from .reuse import NOTHING_KEPT, Keep
@@ -51,7 +52,7 @@ def control(
     entries: list[Entry] = [] if follows is None else [follows]
     if blend is not None:
         entries.append(Blending(edit, blend, regions(blend, edit)))
-    entries += [_recording(edit, maps), keep]
+    entries += [_recording(edit, maps), keep, Notice(edit)]
     methods = (PromptToPrompt(edit, tau), MutualSelfAttention(edit, tau))
     return _controlled(model, Hooks(edit, layers, methods, tuple(entries), _unguided(follows)))
 
@@ -94,7 +95,7 @@ def plug_and_play(
     layers = layers_of(model.get_model_object("diffusion_model"))
     method = PlugAndPlay(Window(0.0, feature_end), Window(0.0, attention_end), layers)
     follows = follow(model, trajectory)
-    entries: list[Entry] = [*([] if follows is None else [follows]), _recording(edit, maps)]
+    entries: list[Entry] = [*([] if follows is None else [follows]), _recording(edit, maps), Notice(edit)]
     unguided = source_conditioning is not None or _unguided(follows)
     return _controlled(model, Hooks(edit, layers, (method,), tuple(entries), unguided))
 

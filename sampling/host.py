@@ -6,6 +6,8 @@ between supported versions is asked for here, by feature and never by version.
 
 from __future__ import annotations
 
+import logging
+import sys
 from typing import Any
 
 import comfy.model_management
@@ -15,6 +17,7 @@ from comfy.k_diffusion.sampling import BrownianTreeNoiseSampler, default_noise_s
 from comfy.ldm.modules.attention import SpatialTransformer, SpatialVideoTransformer, optimized_attention
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, UNetModel, Upsample
 from comfy.patcher_extension import WrappersMP, get_all_wrappers
+from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
 __all__ = [
@@ -95,6 +98,16 @@ def pins_memory() -> bool:
 def inpainting_noise(x: Tensor, seed: int) -> Tensor:
     """The noise that samplers with noise of their own put outside of an inpainting mask, on the CPU."""
     return torch.randn(x.shape, generator=torch.manual_seed(seed + 1), device="cpu")
+
+
+def tell(text: str) -> None:
+    """Say something about the node that runs: in the log, and on the node in the page if there is one."""
+    logging.warning("[prompt-to-prompt] %s", text)
+    context = get_executing_context()
+    server = getattr(sys.modules.get("server"), "PromptServer", None)  # never imported: scripts have none
+    instance = getattr(server, "instance", None)
+    if context is not None and instance is not None:
+        instance.send_progress_text(text, context.node_id)
 
 
 def is_multigpu(model_options: dict) -> bool:

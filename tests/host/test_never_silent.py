@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import comfy.samplers
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_custom_sampler as custom
+from p2p.attention.schedule import TauSchedule, Window
 from p2p.nodes import AttentionController, FeatureInjection
-from p2p.tests.host.runs import EMPTY, FULL, STOCK, Settings, empty, ksampler
+from p2p.sampling.notice import changes
+from p2p.tests.host.runs import EMPTY, FULL, STOCK, WAYS, Settings, empty, ksampler
 
 
 def overwriting(model):
@@ -110,3 +114,34 @@ def test_law_12_sigmas_that_rise_are_an_error_that_says_where(studio, sigmas):
 @pytest.mark.parametrize("sigmas", [[14.0, 5.0, 5.0, 0.0], [14.0], []], ids=str)
 def test_law_12_lists_with_equal_entries_or_none_descend(studio, sigmas):
     sample(studio, sigmas)
+
+
+FROZEN = TauSchedule(Window(0, 1), Window(0, 1), self_resolution=1.0)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_target_that_came_out_as_its_source_is_told(studio, caplog, way):
+    edit = studio.edit("a cat on a beach", "a cat on the beach", "a castle at night")
+    free = replace(edit.targets[1], tau=EMPTY)
+    edit = replace(edit, targets=(edit.targets[0], free))
+    studio.paired(edit, FROZEN, Settings(steps=6), empty(1, 16, 16), way)
+    (record,) = [record for record in caplog.records if "came out" in record.message]
+    assert 'target 1 ("a cat on the beach")' in record.message and "target 2" not in record.message
+    assert "Lower cross_end or self_end" in record.message
+
+
+def test_prompts_that_ask_for_no_change_and_edits_that_happened_are_not(studio, caplog):
+    for edit, tau in ((studio.edit("a cat", "a cat"), FROZEN), (studio.edit("a cat", "a castle"), EMPTY)):
+        studio.paired(edit, tau, Settings(steps=6), empty(1, 16, 16))
+    assert "came out" not in caplog.text
+
+
+def test_the_change_is_that_of_the_formula():
+    rows = torch.randn(2, 3, 4, 5, 6, generator=torch.Generator().manual_seed(1))
+    found = changes(rows.flatten(0, 1), 3)
+    for target in (1, 2):
+        each = []
+        for pair in rows:
+            source = pair[0] - pair[0].mean((-2, -1), keepdim=True)
+            each.append(float((pair[target] - pair[0]).norm() / source.norm()))
+        assert found[target - 1] == pytest.approx(max(each))
