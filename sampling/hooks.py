@@ -21,12 +21,13 @@ from torch import Tensor
 
 from ..attention.edit import Edit
 from ..attention.taken import NOTHING, Taken, together
-from . import attentions, host, noise
+from . import attentions, host
 from .conditioning import lay_out, own_conditionings, unguided_sources
 from .forward import fitting_groups, is_whole, join, one_after_another, parts, shrink_groups
 from .host import KEY
 from .latents import check_rows, tie_rows
 from .network import Layers
+from .noise import tied_noise
 from .plug_and_play import copied_features
 from .run import IN_BATCH, Call, Entry, Forward, Reading, Run, Sources, Start, run_of
 from .state import with_edited_state
@@ -110,20 +111,20 @@ class Hooks:
         sigmas: Tensor,
         extra_args: dict,
         callback: Any,
-        noise_: Tensor,
+        noise: Tensor,
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
         """Find the pair's conditioning, and give the sampler one noise per pair for its stochastic steps."""
         run = run_of(extra_args["model_options"])
         sampler = executor.class_obj
-        changed = noise.tied(sampler, noise_, self.edit.branches, sigmas, extra_args)
+        changed = tied_noise(sampler, noise, self.edit.branches, sigmas, extra_args)
         if run is not None:
             run.lengths = own_conditionings(guider.conds, self.edit, self.mark)
             if self.unguided:
                 unguided_sources(guider.conds, run.lengths, self.edit.branches)
             for guest in run.guests:
-                guest.conditioned(guider, (noise_, *args, kwargs))
+                guest.conditioned(guider, (noise, *args, kwargs))
             if any(guest.acts_on_state for guest in run.guests):
                 function = changed.get("sampler_function", getattr(sampler, "sampler_function", None))
                 if function is None:
@@ -136,7 +137,7 @@ class Hooks:
         try:
             for name, value in changed.items():
                 setattr(sampler, name, value)
-            return executor(guider, sigmas, extra_args, callback, noise_, *args, **kwargs)
+            return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
         finally:
             for name, value in before.items():
                 setattr(sampler, name, value)
