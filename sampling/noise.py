@@ -19,7 +19,9 @@ from .latents import tie_rows
 NoiseSampler = Callable[[Any, Any], Tensor]
 
 
-def tied_noise(sampler: Any, noise: Tensor, branches: int, sigmas: Tensor, extra_args: dict) -> dict[str, Any]:
+def tied_noise(
+    sampler: Any, noise: Tensor, branches: int, sigmas: Tensor, extra_args: dict
+) -> dict[str, Any]:
     """The attributes of a SAMPLER that a run is to change so that each target gets its source's noise.
 
     A source gets the noise of a plain run of the sources. noise (pairs x branches, ...): for its shape and

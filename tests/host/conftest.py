@@ -44,6 +44,32 @@ def studio(demo_model: tuple[Any, Any, Any]) -> Any:
 
 
 @pytest.fixture
+def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of rows of every forward of the U-Net."""
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    rows: list[int] = []
+    forward = UNetModel._forward
+
+    def counting(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        rows.append(x.shape[0])
+        return forward(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(UNetModel, "_forward", counting)
+    return rows
+
+
+@pytest.fixture
+def nothing_kept() -> Iterator[None]:
+    """No source run is kept before a test, or after it."""
+    from p2p.sampling.reuse import CACHE
+
+    CACHE.clear()
+    yield
+    CACHE.clear()
+
+
+@pytest.fixture
 def later_textual_inversions(monkeypatch: pytest.MonkeyPatch) -> None:
     """The host's tokenizers as of ComfyUI 0.38: names follow any white space, and end at "<" and "[".
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 from p2p.attention.edit import Edit
 from p2p.nodes import AttentionController
-from p2p.sampling.reuse import CACHE
 from p2p.tests.host.beside import NEIGHBOURS, Neighbour, graphs, latent_of, models, sample
 from p2p.tests.host.runs import HOST_WARNINGS, SOURCE, TARGET, Settings, Studio, assert_close
 from torch import Tensor
@@ -25,11 +24,7 @@ CASES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def nothing_kept():
-    CACHE.clear()
-    yield
-    CACHE.clear()
+pytestmark = pytest.mark.usefixtures("nothing_kept")
 
 
 class Graphs:

@@ -36,20 +36,6 @@ TARGETS = ("a dog riding a bicycle", "a cat riding a car", "a red cat riding a b
 
 
 @pytest.fixture
-def calls(monkeypatch):
-    """Rows of every forward of the U-Net."""
-    rows: list[int] = []
-    forward = UNetModel._forward
-
-    def counting(self, x, *args, **kwargs):
-        rows.append(x.shape[0])
-        return forward(self, x, *args, **kwargs)
-
-    monkeypatch.setattr(UNetModel, "_forward", counting)
-    return rows
-
-
-@pytest.fixture
 def short_of_memory(monkeypatch):
     """The host's estimate says that this many rows fit, and no more."""
 
@@ -87,31 +73,31 @@ def out_of_memory(monkeypatch):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("pairs", [1, 2])
 def test_a_run_that_does_not_fit_is_split_by_targets_with_the_same_result(
-    studio, calls, short_of_memory, way, pairs
+    studio, forwards, short_of_memory, way, pairs
 ):
     edit = studio.edit("a cat riding a bicycle", *TARGETS).reweighted("boat", 1.5)
     whole = studio.paired(edit, PART, latent=empty(pairs), way=way)
-    assert set(calls) == {2 * 4 * pairs}
-    calls.clear()
+    assert set(forwards) == {2 * 4 * pairs}
+    forwards.clear()
     short_of_memory(3 * pairs)
     parts = studio.paired(edit, PART, latent=empty(pairs), way=way)
-    assert set(calls) == {3 * pairs, 2 * pairs}  # cond and uncond apart: source with two targets, with one
+    assert set(forwards) == {3 * pairs, 2 * pairs}  # cond and uncond apart: source with two targets, with one
     for found, expected in zip(parts, whole, strict=True):
         assert_close(found, expected)
 
 
-def test_one_target_at_a_time_is_the_least(studio, calls, short_of_memory):
+def test_one_target_at_a_time_is_the_least(studio, forwards, short_of_memory):
     edit = studio.edit("a cat riding a bicycle", *TARGETS)
     whole = studio.paired(edit, PART)
-    calls.clear()
+    forwards.clear()
     short_of_memory(0)
     parts = studio.paired(edit, PART)
-    assert set(calls) == {2}
+    assert set(forwards) == {2}
     assert_close(parts[1], whole[1])
 
 
 @pytest.mark.parametrize("rows", [4, 6])
-def test_memory_that_runs_out_in_mid_run_splits_the_rest_of_it(studio, calls, out_of_memory, rows):
+def test_memory_that_runs_out_in_mid_run_splits_the_rest_of_it(studio, forwards, out_of_memory, rows):
     edit = studio.edit("a cat riding a bicycle", *TARGETS)
     whole = studio.paired(edit, PART)
     refused = out_of_memory(rows)
@@ -128,7 +114,7 @@ def test_memory_too_small_for_one_target_is_the_hosts_own_error(studio, out_of_m
 
 
 @pytest.mark.parametrize("source", ["host", "model"])
-def test_free_memory_is_what_the_host_asks_for(studio, calls, monkeypatch, source):
+def test_free_memory_is_what_the_host_asks_for(studio, forwards, monkeypatch, source):
     """Hosts that keep models in a GPU's spare memory have a model tell how much is free."""
     required = BaseModel.memory_required
     need = {rows: required(studio.model.model, [rows, 4, 8, 8]) for rows in (2, 3, 4)}
@@ -161,16 +147,16 @@ def test_an_accelerators_own_error_splits_the_run_where_the_host_knows_it(studio
     assert_close(parts[1], whole[1])
 
 
-def test_a_replaced_attention_sees_the_whole_batch(studio, calls, short_of_memory):
+def test_a_replaced_attention_sees_the_whole_batch(studio, forwards, short_of_memory):
     """Its function may go by the batch's rows, so the host's own estimate and errors decide."""
     edit = studio.edit("a cat riding a bicycle", *TARGETS)
     model, replacer = studio.model.clone(), ImagePrompt()
     replacer.on(model)
     whole = studio.paired(edit, PART, model=model)
-    calls.clear()
+    forwards.clear()
     short_of_memory(3)
     found = studio.paired(edit, PART, model=model)
-    assert set(calls) == {4}  # cond and uncond apart
+    assert set(forwards) == {4}  # cond and uncond apart
     assert_close(found[1], whole[1])
 
 

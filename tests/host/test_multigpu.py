@@ -129,6 +129,7 @@ def halved(studio, model, edit, *, blend=None, pairs=2):
     model = model.clone()
     model.set_model_attn2_patch(Meeting())
     model, positive, maps = AttentionController.execute(model, edit, PART, blend).args
+    maps.wanted = blend is None
     rows = STOCK["KSampler"](
         model, halves(positive), studio.negative, studio.rows(edit, empty(pairs)), Settings(cfg=1.0)
     )

@@ -11,7 +11,6 @@ import comfy.controlnet
 import comfy.model_management
 import pytest
 import torch
-from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.patcher_extension import PatcherInjection
 from p2p.attention.blend import read_blend
 from p2p.attention.schedule import TauSchedule, Window
@@ -40,25 +39,7 @@ SOURCE = "a cat riding a bicycle"
 FIRST, SECOND = "a dog riding a bicycle", "a cat riding a red car at night"
 
 
-@pytest.fixture(autouse=True)
-def nothing_kept():
-    CACHE.clear()
-    yield
-    CACHE.clear()
-
-
-@pytest.fixture
-def rows(monkeypatch):
-    """Rows of every forward of the U-Net."""
-    counted: list[int] = []
-    forward = UNetModel._forward
-
-    def counting(self, x, *args, **kwargs):
-        counted.append(x.shape[0])
-        return forward(self, x, *args, **kwargs)
-
-    monkeypatch.setattr(UNetModel, "_forward", counting)
-    return counted
+pytestmark = pytest.mark.usefixtures("nothing_kept")
 
 
 def sample(studio, edit, tau=PART, settings=None, latent=None, way="P2PSampler", reuse=1.0, **given):
@@ -85,15 +66,15 @@ def check(found, expected):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("pairs", [1, 2])
-def test_a_further_edit_runs_the_targets_alone_with_the_same_result(studio, rows, way, pairs):
+def test_a_further_edit_runs_the_targets_alone_with_the_same_result(studio, forwards, way, pairs):
     latent = empty(pairs)
     first = sample(studio, studio.edit(SOURCE, FIRST), latent=latent, way=way)
-    assert set(rows) == {4 * pairs}
+    assert set(forwards) == {4 * pairs}
     check(first, sample(studio, studio.edit(SOURCE, FIRST), latent=latent, way=way, reuse=0.0))
-    rows.clear()
+    forwards.clear()
     edit = studio.edit(SOURCE, SECOND).reweighted("red", 1.7)
     second = sample(studio, edit, latent=latent, way=way)
-    assert set(rows) == {2 * pairs}
+    assert set(forwards) == {2 * pairs}
     check(second, sample(studio, edit, latent=latent, way=way, reuse=0.0))
 
 
@@ -101,38 +82,38 @@ SAMPLERS = ["heun", "euler_ancestral", "dpmpp_2m_sde", "uni_pc"]
 
 
 @pytest.mark.parametrize("sampler", [pytest.param(name, marks=HOST_WARNINGS) for name in SAMPLERS])
-def test_samplers_of_every_kind_reuse(studio, rows, sampler):
+def test_samplers_of_every_kind_reuse(studio, forwards, sampler):
     settings = Settings(sampler=sampler)
     sample(studio, studio.edit(SOURCE, FIRST), settings=settings)
-    rows.clear()
+    forwards.clear()
     edit = studio.edit(SOURCE, SECOND)
     found = sample(studio, edit, settings=settings)
-    assert set(rows) == {2}
+    assert set(forwards) == {2}
     check(found, sample(studio, edit, settings=settings, reuse=0.0))
 
 
 @pytest.mark.parametrize("targets", [(FIRST, SECOND), (SECOND, FIRST, "a castle")])
-def test_the_number_of_targets_may_change(studio, rows, targets):
+def test_the_number_of_targets_may_change(studio, forwards, targets):
     sample(studio, studio.edit(SOURCE, FIRST))
-    rows.clear()
+    forwards.clear()
     edit = studio.edit(SOURCE, *targets)
     found = sample(studio, edit)
-    assert set(rows) == {2 * len(targets)}
+    assert set(forwards) == {2 * len(targets)}
     check(found, sample(studio, edit, reuse=0.0))
 
 
-def test_a_longer_tau_runs_what_is_missing_and_keeps_that_too(studio, rows):
+def test_a_longer_tau_runs_what_is_missing_and_keeps_that_too(studio, forwards):
     short = TauSchedule(Window(0, 0.5), Window(0, 0.25), self_resolution=1.0)
     sample(studio, studio.edit(SOURCE, FIRST), short)
-    rows.clear()
+    forwards.clear()
     edit = studio.edit(SOURCE, SECOND)
     found = sample(studio, edit, FULL)
-    assert rows == [2, 4, 4, 4]  # self-attention of step 1 and everything from step 2 on was not kept
+    assert forwards == [2, 4, 4, 4]  # self-attention of step 1 and everything from step 2 on was not kept
     check(found, sample(studio, edit, FULL, reuse=0.0))
     for tau in (short, FULL):
-        rows.clear()
+        forwards.clear()
         found = sample(studio, studio.edit(SOURCE, FIRST), tau)
-        assert rows == [2, 2, 2, 2]
+        assert forwards == [2, 2, 2, 2]
         check(found, sample(studio, studio.edit(SOURCE, FIRST), tau, reuse=0.0))
 
 
@@ -229,24 +210,24 @@ def test_a_model_with_injections_is_another(studio):
     assert difference(found[0], kept[0]) > 1e-3
 
 
-def test_another_source_prompt_is_another_run(studio, rows):
+def test_another_source_prompt_is_another_run(studio, forwards):
     sample(studio, studio.edit(SOURCE, FIRST))
-    rows.clear()
+    forwards.clear()
     edit = studio.edit("a cat riding a boat", FIRST)
     check(sample(studio, edit), sample(studio, edit, reuse=0.0))
-    assert set(rows) == {4}
+    assert set(forwards) == {4}
 
 
-def test_two_sources_are_kept_side_by_side(studio, rows):
+def test_two_sources_are_kept_side_by_side(studio, forwards):
     for seed in (1, 2):
         sample(studio, studio.edit(SOURCE, FIRST), settings=Settings(seed=seed))
-    rows.clear()
+    forwards.clear()
     for seed in (1, 2):
         sample(studio, studio.edit(SOURCE, SECOND), settings=Settings(seed=seed))
-    assert set(rows) == {2}
+    assert set(forwards) == {2}
 
 
-def test_memory_stays_within_its_limit_and_the_older_run_goes_first(studio, rows):
+def test_memory_stays_within_its_limit_and_the_older_run_goes_first(studio, forwards):
     sample(studio, studio.edit(SOURCE, FIRST), FULL)
     whole = CACHE.nbytes
     assert whole == sum(
@@ -261,11 +242,11 @@ def test_memory_stays_within_its_limit_and_the_older_run_goes_first(studio, rows
         for seed in (1, 2):
             for target in (FIRST, SECOND):
                 edit, settings = studio.edit(SOURCE, target), Settings(seed=seed)
-                rows.clear()
+                forwards.clear()
                 found = sample(studio, edit, FULL, settings, reuse=limit)
                 assert CACHE.nbytes <= limit * GIGABYTE
                 check(found, sample(studio, edit, FULL, settings, reuse=0.0))
-        assert share < 1 or rows[:4] == [2, 2, 2, 2]
+        assert share < 1 or forwards[:4] == [2, 2, 2, 2]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -375,12 +356,12 @@ def test_what_can_be_compared_only_while_it_lives_is_another_once_it_is_gone():
         (read_blend("a", "", "", 0.5, 0.2), False),
     ],
 )
-def test_local_blend_is_right_with_a_kept_source(studio, rows, blend, alone):
+def test_local_blend_is_right_with_a_kept_source(studio, forwards, blend, alone):
     sample(studio, studio.edit(SOURCE, FIRST), blend=blend)
-    rows.clear()
+    forwards.clear()
     edit = studio.edit(SOURCE, SECOND)
     found = sample(studio, edit, blend=blend)
-    assert set(rows) == {2 if alone else 4}  # words' maps need the source's own
+    assert set(forwards) == {2 if alone else 4}  # words' maps need the source's own
     check(found, sample(studio, edit, blend=blend, reuse=0.0))
 
 
@@ -403,7 +384,7 @@ class Share:
 
 @pytest.mark.parametrize("way", ["KSampler", "P2PSampler"])
 @pytest.mark.parametrize("slot", ["attn2_replace", "attn1_patch", "attn2_patch"])
-def test_another_nodes_attention_sees_the_whole_batch(studio, rows, way, slot):
+def test_another_nodes_attention_sees_the_whole_batch(studio, forwards, way, slot):
     """It may take other rows into account, or count them."""
     model, changed = studio.model.clone(), ImagePrompt()
     if slot == "attn2_replace":
@@ -411,15 +392,15 @@ def test_another_nodes_attention_sees_the_whole_batch(studio, rows, way, slot):
     else:
         getattr(model, f"set_model_{slot}")(Share())
     sample(studio, studio.edit(SOURCE, FIRST), model=model, way=way)
-    rows.clear()
+    forwards.clear()
     edit = studio.edit(SOURCE, SECOND)
     found = sample(studio, edit, model=model, way=way)
-    assert set(rows) == {4}
+    assert set(forwards) == {4}
     assert {batch for batch, _ in changed.batches} <= {4}
     check(found, sample(studio, edit, model=model, way=way, reuse=0.0))
 
 
-def test_other_nodes_see_the_runs_list_of_sigmas(studio, rows):
+def test_other_nodes_see_the_runs_list_of_sigmas(studio, forwards):
     """Also where it is as long as the batch, whose rows other tensors of the options have."""
     seen = []
     model = studio.model.clone()
@@ -432,13 +413,13 @@ def test_other_nodes_see_the_runs_list_of_sigmas(studio, rows):
     settings = Settings(steps=3)
     sample(studio, studio.edit(SOURCE, FIRST), settings=settings, model=model)
     expected = seen[0]
-    rows.clear()
+    forwards.clear()
     sample(studio, studio.edit(SOURCE, SECOND), settings=settings, model=model)
-    assert set(rows) == {2} and len(expected) == 4
+    assert set(forwards) == {2} and len(expected) == 4
     assert all(sigmas == expected for sigmas in seen)
 
 
-def test_several_gpus_keep_nothing_and_say_so(studio, rows, caplog):
+def test_several_gpus_keep_nothing_and_say_so(studio, forwards, caplog):
     model = studio.model.clone()
     model.model_options["multigpu_clones"] = {"cuda:1": None}
     edit = studio.edit(SOURCE, FIRST)
@@ -450,7 +431,7 @@ def test_several_gpus_keep_nothing_and_say_so(studio, rows, caplog):
 
 @pytest.mark.parametrize("reuse", [0.0, 1.0])
 @pytest.mark.parametrize("acting", ["nothing", "a mask", "words", "a trajectory"])
-def test_each_prediction_reads_its_sigma_once(studio, rows, monkeypatch, reuse, acting):
+def test_each_prediction_reads_its_sigma_once(studio, forwards, monkeypatch, reuse, acting):
     """A read waits for the GPU."""
     given = {"nothing": {}, "a mask": {"blend": read_blend("", "", "", 0.3, 0.2, 0.0, torch.eye(8)[None])}}
     given["words"] = {"blend": read_blend("a", "", "", 0.5, 0.2)}
@@ -464,10 +445,10 @@ def test_each_prediction_reads_its_sigma_once(studio, rows, monkeypatch, reuse, 
         return read(self)
 
     run(studio.edit(SOURCE, FIRST))
-    rows.clear()
+    forwards.clear()
     monkeypatch.setattr(torch.Tensor, "__float__", counting)
     run(studio.edit(SOURCE, SECOND))
-    assert len([name for name in reads if name.startswith("p2p.sampling")]) == len(rows) == 4
+    assert len([name for name in reads if name.startswith("p2p.sampling")]) == len(forwards) == 4
 
 
 def test_memory_that_cannot_be_pinned_is_ordinary_memory(monkeypatch):
@@ -494,12 +475,12 @@ def test_pinned_memory_counts_as_the_blocks_that_pytorch_takes(monkeypatch, pinn
     assert source_reuse.host_bytes(OnGpu()) == expected
 
 
-def test_an_interrupted_run_leaves_what_it_finished_and_nothing_half(studio, rows):
+def test_an_interrupted_run_leaves_what_it_finished_and_nothing_half(studio, forwards):
     class Stop(Exception):
         pass
 
     def stopping(h, hsp, options):
-        if stop and len(rows) == 3:
+        if stop and len(forwards) == 3:
             raise Stop
         return h, hsp
 
@@ -509,14 +490,14 @@ def test_an_interrupted_run_leaves_what_it_finished_and_nothing_half(studio, row
     with pytest.raises(Stop):
         sample(studio, studio.edit(SOURCE, FIRST), model=model)
     stop.clear()
-    rows.clear()
+    forwards.clear()
     edit = studio.edit(SOURCE, SECOND)
     found = sample(studio, edit, model=model)
-    assert rows == [2, 2, 4, 4]
+    assert forwards == [2, 2, 4, 4]
     check(found, sample(studio, edit, model=model, reuse=0.0))
 
 
-def test_targets_in_groups_reuse_too(studio, rows, monkeypatch):
+def test_targets_in_groups_reuse_too(studio, forwards, monkeypatch):
     edit = studio.edit(SOURCE, FIRST, SECOND, "a castle")
     expected = sample(studio, edit, reuse=0.0)
     monkeypatch.setattr(
@@ -524,8 +505,8 @@ def test_targets_in_groups_reuse_too(studio, rows, monkeypatch):
         lambda self, shape, **_: 1e18 if shape[0] > 3 else 1.0,
     )
     sample(studio, studio.edit(SOURCE, FIRST))
-    rows.clear()
+    forwards.clear()
     found = sample(studio, edit)
-    assert set(rows) == {2, 1}  # cond and uncond apart: two targets, and one
+    assert set(forwards) == {2, 1}  # cond and uncond apart: two targets, and one
     for rows_found, rows_expected in zip(found, expected, strict=True):
         assert_close(rows_found, rows_expected)
