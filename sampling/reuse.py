@@ -9,11 +9,9 @@ moreover the sources' rows come in with the same values, at the same sigma, in t
 from __future__ import annotations
 
 import logging
-import uuid
 import weakref
 from collections.abc import Set
 from dataclasses import dataclass, field
-from types import MethodType
 from typing import Any, ClassVar
 
 import torch
@@ -21,8 +19,9 @@ from torch import Tensor
 
 from ..attention.taken import Taken
 from . import host
+from .fingerprint import frozen, same
 from .forward import is_seen_whole
-from .host import KEY
+from .host_memory import host_bytes, to_host
 from .network import Layer
 from .run import Call, Forward, Guest, Run, Sources, Start
 
@@ -311,74 +310,3 @@ def _sees_all_rows(options: dict) -> bool:
     """Whether another node acts inside attention, where it may mix the batch's rows or split them."""
     patches = options.get("patches", {})
     return is_seen_whole(options) or bool(patches.get("attn1_patch") or patches.get("attn2_patch"))
-
-
-def to_host(x: Tensor) -> Tensor:
-    """A copy in host memory, made while a GPU goes on if that memory is pinned."""
-    if not _pins(x):
-        return x.to("cpu", copy=True)
-    host = host_memory(x)
-    return host.copy_(x, non_blocking=host.is_pinned())
-
-
-def host_memory(x: Tensor) -> Tensor:
-    """Host memory for a copy of x: pinned, or ordinary memory where the system pins no more."""
-    try:
-        return torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-    except RuntimeError:
-        return torch.empty(x.shape, dtype=x.dtype)
-
-
-def host_bytes(x: Tensor) -> int:
-    """Bytes that `to_host` takes for x, or that x takes there: PyTorch pins blocks of powers of two."""
-    return 1 << (x.nbytes - 1).bit_length() if _pins(x) or x.is_pinned() else x.nbytes
-
-
-def _pins(x: Tensor) -> bool:
-    return x.device.type == "cuda" and host.pins_memory()
-
-
-_NOT_SEEN = ("uuid", KEY)
-"""What the pack and the host write into conditionings and options anew for every run."""
-
-
-_BY_VALUE = (str, bytes, int, float, complex, bool, type(None), uuid.UUID, torch.dtype, torch.device)
-
-
-def frozen(value: Any, run: Run, own: bool = False) -> Any:
-    """A run's inputs as values to compare later: of tensors with the batch's rows the sources' rows.
-
-    Objects of the host and of other nodes are not kept alive for it. own: within the pair's own conditioning,
-    whose tensors have one row for each branch.
-    """
-    if isinstance(value, dict):
-        own = own or KEY in value
-        return {name: frozen(entry, run, own) for name, entry in value.items() if name not in _NOT_SEEN}
-    if isinstance(value, list | tuple):
-        return [frozen(entry, run, own) for entry in value]
-    if isinstance(value, Tensor):
-        batch = (run.shape[0], run.branches) if own else (run.shape[0],)
-        rows = value[:: run.branches] if value.ndim and value.shape[0] in batch else value
-        return rows.to("cpu", copy=True)
-    if hasattr(value, "cond") and type(value).__module__ == "comfy.conds":
-        return [frozen(type(value), run), frozen(value.cond, run, own)]
-    if isinstance(value, _BY_VALUE):
-        return value
-    try:
-        return weakref.WeakMethod(value) if isinstance(value, MethodType) else weakref.ref(value)
-    except TypeError:
-        return object()  # equal to nothing
-
-
-def same(a: Any, b: Any) -> bool:
-    """Whether two frozen values agree: tensors by their values, objects by being the same and still there."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
-    if isinstance(a, weakref.ref) and isinstance(b, weakref.ref):
-        thing, other = a(), b()
-        return thing is not None and (thing is other or (isinstance(thing, MethodType) and thing == other))
-    return type(a) is type(b) and isinstance(a, _BY_VALUE) and bool(a == b)

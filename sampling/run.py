@@ -113,9 +113,10 @@ class Part:
 class Call:
     """One forward of the model within the pair's own prediction, or a part of it.
 
-    rows: of the batch, in `chunks` conditionings. own: the chunks that are the pair's positive conditioning;
+    batch: its rows b, in `chunks` conditionings. own: the chunks that are the pair's positive conditioning;
     the others are its negative ones, or other nodes'. size: height and width of the latent. tokens: L of the
-    text, which the host may have repeated; length: t of the pair's own conditioning, None without an own one.
+    text, which the host may have repeated; length: t of the pair's own conditioning, None without an own
+    chunk. part: the targets that it computes.
     """
 
     run: Run
@@ -263,7 +264,7 @@ class Run:
     branches: rows of a pair. layers: of the network. guests: what takes part in it.
     lengths: uuid of each of the pair's own conditioning entries -> its number of tokens.
     groups: the targets that go through the model together, all of them if memory allows.
-    step: of the prediction under way. known_sigma: the sigma that was already read for the next prediction.
+    step, sigma: of the prediction under way. known_sigma: what was already read for the next prediction.
     injecting: whether the model calls under way belong to the pair's own prediction.
     predicted: whether that prediction was already made for this call of the sampler.
     injected, due: forwards in which layers took from the source, and in which they should have.

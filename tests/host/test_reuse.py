@@ -16,9 +16,11 @@ from p2p.attention.blend import read_blend
 from p2p.attention.schedule import TauSchedule, Window
 from p2p.demo.loader import load_demo_model
 from p2p.nodes import AttentionController, PairedLatent, PairedSampler
-from p2p.sampling import reuse as source_reuse
+from p2p.sampling.fingerprint import frozen, same
+from p2p.sampling.host_memory import host_bytes, host_memory
 from p2p.sampling.invert import invert
 from p2p.sampling.reuse import CACHE, GIGABYTE
+from p2p.sampling.run import Run
 from p2p.tests.host.beside.models import ImagePrompt
 from p2p.tests.host.runs import (
     FULL,
@@ -334,19 +336,19 @@ def test_what_can_be_compared_only_while_it_lives_is_another_once_it_is_gone():
         def patch(self):
             pass
 
-    run = source_reuse.Run([1.0, 0.0], (2, 4, 8, 8), 2, ())
+    run = Run([1.0, 0.0], (2, 4, 8, 8), 2, ())
     one = Options()
     for value in (one, one.patch, Options.patch, torch.float16, "text", 3, None, [one, {"a": 1.0}]):
-        assert source_reuse.same(source_reuse.frozen(value, run), source_reuse.frozen(value, run))
+        assert same(frozen(value, run), frozen(value, run))
     for value in (one, one.patch):
-        before = source_reuse.frozen(value, run)
-        assert not source_reuse.same(before, source_reuse.frozen(Options(), run))
-        assert not source_reuse.same(before, source_reuse.frozen(Options().patch, run))
-    before = [source_reuse.frozen(value, run) for value in (one, one.patch)]
+        before = frozen(value, run)
+        assert not same(before, frozen(Options(), run))
+        assert not same(before, frozen(Options().patch, run))
+    before = [frozen(value, run) for value in (one, one.patch)]
     del one, value
     gc.collect()
-    assert not any(source_reuse.same(value, value) for value in before)
-    assert not source_reuse.same(*(source_reuse.frozen(object(), run) for _ in range(2)))
+    assert not any(same(value, value) for value in before)
+    assert not same(*(frozen(object(), run) for _ in range(2)))
 
 
 @pytest.mark.parametrize(
@@ -458,7 +460,7 @@ def test_memory_that_cannot_be_pinned_is_ordinary_memory(monkeypatch):
         return torch.zeros(*size, **kwargs)
 
     monkeypatch.setattr("torch.empty", empty)
-    assert source_reuse.host_memory(torch.zeros(2, 3, dtype=torch.float16)).shape == (2, 3)
+    assert host_memory(torch.zeros(2, 3, dtype=torch.float16)).shape == (2, 3)
 
 
 @pytest.mark.parametrize(("pinned", "expected"), [(True, 64), (False, 36)])
@@ -472,7 +474,7 @@ def test_pinned_memory_counts_as_the_blocks_that_pytorch_takes(monkeypatch, pinn
             return False
 
     monkeypatch.setattr("comfy.cli_args.args.disable_pinned_memory", not pinned, raising=False)
-    assert source_reuse.host_bytes(OnGpu()) == expected
+    assert host_bytes(OnGpu()) == expected
 
 
 def test_an_interrupted_run_leaves_what_it_finished_and_nothing_half(studio, forwards):

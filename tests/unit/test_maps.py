@@ -102,3 +102,21 @@ def test_rows_of_targets_and_of_maps_agree():
     maps = map_rows(range(4), [0], 8, torch.device("cpu"))
     assert maps.row[maps.branch > 0].tolist() == rows.target.tolist()
     assert maps.origin.tolist() == rows.origin.tolist()
+
+
+def test_maps_are_read_with_values_of_a_heads_width_however_many_words_there_are():
+    """Kernels that build no map want that; of others PyTorch takes one that builds it."""
+    widths = []
+
+    def watching(q, k, v):
+        widths.append((q.shape[-1], k.shape[-1], v.shape[-1]))
+        return attend(q, k, v)
+
+    edit = make_edit("a cat on a mat in the snow at night by the sea", "a dog")
+    q, k, _ = tensors(2, edit.source.prompt.length, seed=9)
+    rows = map_rows([0, 1], [0], 2, q.device)
+    for words in (1, 3, 12):
+        wanted = (edit.tokens[0][:words], edit.tokens[1][:words])
+        columns = token_columns(edit, wanted, edit.source.prompt.length)
+        token_maps(watching, q, k, heads=HEADS, rows=rows, step=map_step(columns, None))
+    assert len(set(widths)) == 1 and len(set(widths[0])) == 1 and len(widths) > 3
