@@ -67,15 +67,25 @@ class Runner:
         return done
 
     def edit(self, case: Case, taus: list[str]) -> Any:
-        """One target per tau; a re-weighting without cross-attention control weights the prompt's word."""
+        """An edit with one target for each of these names of `TAUS`."""
         from p2p.attention.schedule import TauSchedule, Window
+
+        return self.edits(
+            case,
+            {
+                name: TauSchedule(Window(0.0, cross), Window(0.0, self_), self_resolution=resolution)
+                for name, (cross, self_, resolution) in ((name, TAUS[name]) for name in taus)
+            },
+        )
+
+    def edits(self, case: Case, schedules: dict[str, Any]) -> Any:
+        """One target per schedule; a re-weighting without cross-attention control weights the word."""
         from p2p.sampling.encode import add_target, start_edit
 
         edit: Any = None
-        for name in taus:
-            cross, self_, resolution = TAUS[name]
+        for tau in schedules.values():
             text = case.target.caption()
-            if case.kind == "re-weight" and cross == 0.0:
+            if case.kind == "re-weight" and tau.cross.end == 0.0:
                 text = text.replace(case.word, f"({case.word}:{case.scale:g})")
             source = case.source.caption()
             edit = (
@@ -83,10 +93,9 @@ class Runner:
                 if edit is None
                 else add_target(self.clip, edit, text, "auto")
             )
-            tau = TauSchedule(Window(0.0, cross), Window(0.0, self_), self_resolution=resolution)
             *before, target = edit.targets
             edit = replace(edit, targets=(*before, replace(target, tau=tau)))
-            if case.kind == "re-weight" and cross > 0.0:
+            if case.kind == "re-weight" and tau.cross.end > 0.0:
                 edit = edit.reweighted(case.word, case.scale, target=len(edit.targets))
         return edit
 
