@@ -40,6 +40,7 @@ class Variant:
     model: Any
     positive: list
     rows: int
+    maps: Any = None  # whoever reads maps keeps the handle
 
 
 class Bench:
@@ -74,7 +75,7 @@ class Bench:
         model, positive = control(
             self.model.patcher, edit, tau, blend=blend, maps=handle, keep=Keep(reuse)
         )
-        return Variant(model, positive, edit.branches)
+        return Variant(model, positive, edit.branches, handle)
 
     def built(self, edit: Any, tau: Any) -> Variant:
         """The edit with materialised maps."""
