@@ -11,15 +11,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
-READING = (aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default)
-COPYING = (aten._to_copy.default, aten.copy_.default)
+READING = (aten._local_scalar_dense, aten.item, aten.is_nonzero, aten.equal, aten.allclose, aten.nonzero)
 
 
 class Reads(TorchDispatchMode):
     """Notes what brings values from a device to the program while it is open.
 
     Single values, comparisons of tensors and positions of what is not zero; on a GPU also copies to host
-    memory, unless they go on by themselves (non_blocking). On a CPU the first three are noted alike.
+    memory, unless they go on by themselves (non_blocking).
 
     found: the operations. forbidden: whether a read raises RuntimeError instead.
     """
@@ -30,18 +29,21 @@ class Reads(TorchDispatchMode):
         self.found: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func in READING or (func in COPYING and self._downloads(func, result, args, kwargs or {})):
-            if any(isinstance(x, torch.Tensor) and x.device.type == self.device.type for x in args):
-                if self.forbidden:
-                    raise RuntimeError(f"{func} reads a value from the device")
-                self.found.append(str(func))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if any(isinstance(x, torch.Tensor) and x.device.type == self.device.type for x in args) and (
+            func.overloadpacket in READING or self._downloads(func, result, args, kwargs)
+        ):
+            if self.forbidden:
+                raise RuntimeError(f"{func} reads from the device")
+            self.found.append(str(func))
         return result
 
-    def _downloads(self, func: Any, result: torch.Tensor, args: tuple, kwargs: dict) -> bool:
-        read = args[1] if func is aten.copy_.default else args[0]
-        waits = not (kwargs.get("non_blocking") or (func is aten.copy_.default and args[2:] == (True,)))
-        return waits and read.device.type != "cpu" and result.device.type == "cpu"
+    def _downloads(self, func: Any, result: Any, args: tuple, kwargs: dict) -> bool:
+        names = [argument.name for argument in func._schema.arguments]
+        if self.device.type == "cpu" or dict(zip(names, args, strict=False), **kwargs).get("non_blocking"):
+            return False
+        return isinstance(result, torch.Tensor) and result.device.type == "cpu"
 
 
 @contextmanager
