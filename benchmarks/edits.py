@@ -178,14 +178,14 @@ class Bench:
         return weights + max(totals) - min(totals[0], 0)
 
     def reads(self, variant: Variant, size: int, steps: int = 4) -> list[int]:
-        """How often each step of a run reads from the device, without the first, which makes what a run needs."""
+        """How often each step of a run but the first, which makes what a run needs, reads from the device."""
         with Reads(device()) as reads:
             counts: list[int] = []
             self.run(variant, size, steps, lambda: counts.append(len(reads.found)))
         return [after - before for before, after in zip(counts, counts[1:], strict=False)]
 
     def waits(self, variant: Variant, size: int, steps: int = 4) -> list[str]:
-        """The places in the code at which the steps of a run wait for the device, without the first."""
+        """The places in the code at which the steps of a run but the first wait for the device."""
         begun: list[int] = []
         with waits(device()) as places:
             self.run(variant, size, steps, lambda: begun.append(len(places)))

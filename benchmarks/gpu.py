@@ -1,11 +1,11 @@
-"""What does an edit cost on a GPU?  Ratios of time and memory to the host sampling the same rows as one batch.
+"""What does an edit cost on a GPU?  Ratios of time and memory to the host sampling as many rows.
 
-python benchmarks/gpu.py                                      SD1.5's and SDXL's U-Nets, random weights: tables
-python benchmarks/gpu.py --page                               the same, into docs/benchmarks.md
-python benchmarks/gpu.py --device cpu --model bundled         the way through this program, without a GPU
+python benchmarks/gpu.py                                SD1.5's and SDXL's U-Nets, random weights: tables
+python benchmarks/gpu.py --page                         the same, into docs/benchmarks.md
+python benchmarks/gpu.py --device cpu --model bundled   the way through this program, without a GPU
 
-Variants take turns. A step is timed between two events of the GPU, each waited for. A wait is what PyTorch tells
-of (torch.cuda.set_sync_debug_mode); a read is a wait that brings values to the program.
+Variants take turns. A step is timed between two events of the GPU, each waited for. A wait is what PyTorch
+tells of (torch.cuda.set_sync_debug_mode); a read is a wait that brings values to the program.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is measured: U-Nets of ComfyUI's own classes at their real widths with random weights, and the bundled one."""
+"""What is measured: U-Nets of ComfyUI at their real widths with random weights, and the bundled one."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ COMMON: dict[str, Any] = {
 
 
 def random_model(name: str, dtype: Any = None) -> Model:
-    """SD1.5 or SDXL. dtype: by default float16 on a GPU, bfloat16 on a processor that has it, else float32."""
+    """SD1.5 or SDXL, random. dtype: of the weights; by default `dtype_of` the device."""
     import comfy.model_management
     import comfy.model_patcher
     import comfy.supported_models
@@ -127,6 +127,7 @@ def bundled_model(dtype: Any = None) -> tuple[Model, Any]:
 
 
 def dtype_of(device: Any) -> Any:
+    """float16 on a GPU, bfloat16 on a processor that multiplies it, else float32."""
     import torch
 
     if device.type != "cpu":

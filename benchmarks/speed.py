@@ -14,6 +14,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from edits import MATERIALISED, PLAIN, REFINED, SOURCE, SWAP, Bench, Plan, Result, compare, now, schedule
 from inside import paths_table, work_table
