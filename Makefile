@@ -1,10 +1,11 @@
 # Everything a newcomer needs: `make demo`, `make test`, `make serve`. `make help` lists the rest.
 PYTHON ?= python3
 VENV := .venv/bin
+GPU_PYTHON = $(firstword $(wildcard $(VENV)/python) $(PYTHON))
 PORT ?= 8188
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo serve test lint format host-path bench bench-inversion bench-quality bench-soak bench-speed train-demo thumbnails node-pictures icon clean
+.PHONY: help env demo serve test lint format host-path test-gpu bench bench-gpu bench-inversion bench-quality bench-soak bench-speed train-demo thumbnails node-pictures icon clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -20,6 +21,9 @@ serve: env  ## start ComfyUI with this pack and print its address (PORT=8188)
 
 test: env  ## run all tests (ARGS="tests/unit -k swap" for some)
 	@$(VENV)/pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+
+test-gpu:  ## the laws in half precision on a GPU (fetches nothing; P2P_DEVICE=cpu: without one)
+	@$(GPU_PYTHON) -m pytest tests/gpu $(ARGS)
 
 lint: env  ## ruff, mypy, and who may import whom
 	@mkdir -p .cache/typecheck && ln -sfn "$(CURDIR)" .cache/typecheck/p2p  # a name that Python can import
@@ -38,6 +42,9 @@ bench: env  ## what an edit costs on the bundled model, in a minute
 
 bench-speed: env  ## cost at the widths of SD1.5 and SDXL, for docs/benchmarks.md (two hours on a CPU)
 	@$(VENV)/python benchmarks/speed.py --page $(ARGS)
+
+bench-gpu:  ## what an edit costs on a GPU, for docs/benchmarks.md (fetches nothing)
+	@$(GPU_PYTHON) benchmarks/gpu.py --page $(ARGS)
 
 bench-quality: env  ## edit success against what stays, for docs/benchmarks.md (an hour; resumes)
 	@$(VENV)/python benchmarks/quality.py $(ARGS)

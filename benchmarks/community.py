@@ -6,7 +6,7 @@ python benchmarks/community.py --pipeline pipeline_prompt2prompt.py
 The file is examples/community/pipeline_prompt2prompt.py of https://github.com/huggingface/diffusers.
 Both sides sample the same prompts at SD1.5's real width with random weights of the same type, and take turns
 in one process. Time per step with guidance, of steps in which everything is injected, and memory are measured
-as in speed.py. Text encoding and decoding are left out.
+as in edits.py. Text encoding and decoding are left out.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from edits import SOURCE, SWAP, Bench, Plan, Result, Variant, compare, schedule
 from measure import machine, write_section
 from models import Model, dtype_of, random_model
 from pack import load_pack
-from speed import PAGE, SOURCE, SWAP, Bench, Plan, Result, Variant, compare, schedule
+from speed import PAGE
 
 OURS, COMMUNITY = "this pack", "diffusers, community pipeline"
 HOST, DIFFUSERS = "ComfyUI, plain batch", "diffusers, plain batch"

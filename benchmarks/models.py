@@ -1,7 +1,8 @@
-"""U-Nets of ComfyUI's own classes at their real widths, with random weights: for time and memory."""
+"""What is measured: U-Nets of ComfyUI at their real widths with random weights, and the bundled one."""
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,15 +16,18 @@ class Model:
     pooled: int
 
     def conditioning(self, conditioning: list) -> list:
-        """A CONDITIONING of the same rows and tokens with random values of this model's width."""
+        """A CONDITIONING of the same rows and tokens with random values of this model's width.
+
+        Equal ones give equal ones.
+        """
         import torch
 
-        def options(rows: int) -> dict[str, Any]:
-            return {"pooled_output": torch.randn(rows, self.pooled) if self.pooled else None}
+        def random(cond: Any) -> list:
+            seed = torch.Generator().manual_seed(zlib.crc32(cond.cpu().numpy().tobytes()))
+            pooled = torch.randn(cond.shape[0], self.pooled, generator=seed) if self.pooled else None
+            return [torch.randn(*cond.shape[:2], self.width, generator=seed), {"pooled_output": pooled}]
 
-        return [
-            [torch.randn(*cond.shape[:2], self.width), options(cond.shape[0])] for cond, _ in conditioning
-        ]
+        return [random(cond) for cond, _ in conditioning]
 
     def edit(self, edit: Any) -> Any:
         """The edit with such conditionings."""
@@ -73,12 +77,11 @@ COMMON: dict[str, Any] = {
 }
 
 
-def random_model(name: str) -> Model:
-    """SD1.5 or SDXL: in float16 on a GPU, in bfloat16 on a processor that multiplies it, else in float32."""
+def random_model(name: str, dtype: Any = None) -> Model:
+    """SD1.5 or SDXL, random. dtype: of the weights; by default `dtype_of` the device."""
     import comfy.model_management
     import comfy.model_patcher
     import comfy.supported_models
-    import torch
 
     layout, kind = {
         "SD1.5": (SD15, comfy.supported_models.SD15),
@@ -86,15 +89,45 @@ def random_model(name: str) -> Model:
     }[name]
     config = kind({**COMMON, **layout})
     device = comfy.model_management.get_torch_device()
-    config.set_inference_dtype(dtype_of(device), None)
+    config.set_inference_dtype(dtype or dtype_of(device), None)
     model = config.get_model({}, "", device=device)
-    for parameter in model.diffusion_model.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
+    for name, parameter in model.diffusion_model.named_parameters():
+        _fill(name, parameter)
     patcher = comfy.model_patcher.ModelPatcher(model, device, comfy.model_management.unet_offload_device())
     return Model(patcher, layout["context_dim"], 1280 if layout["adm_in_channels"] else 0)
 
 
+def _fill(name: str, parameter: Any) -> None:
+    """Norms are 1, biases 0, and matrices keep the size of what they multiply."""
+    import torch
+
+    if parameter.ndim < 2:
+        torch.nn.init.constant_(parameter, float(name.endswith("weight")))
+    else:
+        torch.nn.init.normal_(parameter, std=0.6 * parameter[0].numel() ** -0.5)
+
+
+def bundled_model(dtype: Any = None) -> tuple[Model, Any]:
+    """The bundled model and its text encoder. dtype: of its weights; the host's choice by default."""
+    from unittest.mock import patch
+
+    import comfy.model_management
+    from p2p.demo.loader import load_demo_model
+
+    host = comfy.model_management
+    if dtype is None:
+        model, clip, _ = load_demo_model()
+    else:
+        with (
+            patch.object(host, "unet_dtype", lambda *_, **__: dtype),
+            patch.object(host, "unet_manual_cast", lambda *_, **__: None),
+        ):
+            model, clip, _ = load_demo_model()
+    return Model(model, 128, 0), clip
+
+
 def dtype_of(device: Any) -> Any:
+    """float16 on a GPU, bfloat16 on a processor that multiplies it, else float32."""
     import torch
 
     if device.type != "cpu":

@@ -10,8 +10,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 
 
-def load_pack() -> None:
-    """Import the pack as `p2p` and the host that it finds, which then reads no command line of ours."""
+def load_pack(device: str | None = None) -> None:
+    """Import the pack as `p2p` and the host that it finds, which then reads no command line of ours.
+
+    device: "cpu" or "cuda", by default the GPU if there is one.
+    """
     spec = importlib.util.spec_from_file_location(
         "p2p", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
     )
@@ -21,4 +24,5 @@ def load_pack() -> None:
     import torch
     from p2p.tools.env import import_host
 
-    import_host(*([] if torch.cuda.is_available() else ["--cpu", "--use-pytorch-cross-attention"]))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    import_host(*(["--cpu", "--use-pytorch-cross-attention"] if device == "cpu" else []))
