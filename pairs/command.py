@@ -45,14 +45,16 @@ class Format(str, Enum):
 TableArgument = Annotated[
     str,
     typer.Argument(
-        help="JSON lines, CSV or Parquet with original_prompt, edited_prompt and, if you like, edit_prompt (the "
-        "instruction). Columns cross_end, self_end, cfg, steps, seed, blend_words and blend_source_words set a "
-        "row's own; all others are kept."
+        help="JSON lines, CSV or Parquet with original_prompt, edited_prompt and, if you like, edit_prompt "
+        "(the instruction). The columns cross_end, self_end, cfg, steps, seed, blend_words and "
+        "blend_source_words set a row's own; all others are kept."
     ),
 ]
 OutOption = Annotated[str, typer.Option(help="The set's folder, or an address such as s3://bucket/pairs.")]
 DirArgument = Annotated[str, typer.Argument(help="The folder of a set.")]
-KeepOption = Annotated[int, typer.Option(min=1, help="Of each row at most so many pairs, the best by direction.")]
+KeepOption = Annotated[
+    int, typer.Option(min=1, help="Of each row at most so many pairs, the best by direction.")
+]
 ImageOption = Annotated[float, typer.Option(help="Least CLIP similarity of both images.")]
 TextOption = Annotated[float, typer.Option(help="Least CLIP similarity of each image and its prompt.")]
 DirectionOption = Annotated[
@@ -77,9 +79,14 @@ def in_one_line(command: Callable[..., None]) -> Callable[..., None]:
         except (engine.RunError, StoreError, TableError, ValueError) as error:
             sys.exit(f"pairs: {engine.describe(error)}")
         except OSError as error:
-            sys.exit(f"pairs: {engine.describe(error)}. What is finished is kept; run the same command again.")
+            sys.exit(
+                f"pairs: {engine.describe(error)}. What is finished is kept; run the same command again."
+            )
         except KeyboardInterrupt:
-            print("pairs: stopped. What is finished is kept; run the same command again to go on.", file=sys.stderr)
+            print(
+                "pairs: stopped. What is finished is kept; run the same command again to go on.",
+                file=sys.stderr,
+            )
             sys.exit(130)
 
     return wrapped
@@ -93,14 +100,20 @@ def make(
     checkpoint: Annotated[
         Path | None, typer.Option(help="A checkpoint with model, CLIP and VAE, as ComfyUI loads it.")
     ] = None,
-    demo: Annotated[bool, typer.Option("--demo", help="The bundled model: 128 px, guidance 4, 20 steps.")] = False,
+    demo: Annotated[
+        bool, typer.Option("--demo", help="The bundled model: 128 px, guidance 4, 20 steps.")
+    ] = False,
     tries: Annotated[int, typer.Option(min=1, help="Pairs that are sampled of each row.")] = 4,
     keep: KeepOption = 4,
     seed: Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")] = 0,
-    cross_end: Annotated[str, typer.Option(help="End of cross-attention's window: 0.8, or 0.4:0.9 to draw.")] = "0.8",
+    cross_end: Annotated[
+        str, typer.Option(help="End of cross-attention's window: 0.8, or 0.4:0.9 to draw.")
+    ] = "0.8",
     self_end: Annotated[str, typer.Option(help="End of self-attention's window, likewise.")] = "0.4",
     self_resolution: Annotated[float, typer.Option(help="As in tau Scheduler; 1 for all layers.")] = 0.5,
-    cfg: Annotated[str | None, typer.Option(help="Guidance: 7.5, or 7.5:15 to draw.", show_default="7.5")] = None,
+    cfg: Annotated[
+        str | None, typer.Option(help="Guidance: 7.5, or 7.5:15 to draw.", show_default="7.5")
+    ] = None,
     steps: Annotated[int | None, typer.Option(show_default="50")] = None,
     sampler: Annotated[str, typer.Option(help="Any of ComfyUI's.")] = "euler",
     scheduler: Annotated[str, typer.Option(help="Any of ComfyUI's.")] = "normal",
@@ -126,16 +139,21 @@ def make(
         bool, typer.Option("--drop-rejected", help="Delete the images of tries that are not kept.")
     ] = False,
     workers: Annotated[
-        int, typer.Option(min=0, help="Sampling processes; 0 for one per GPU, or per core where there is none.")
+        int,
+        typer.Option(min=0, help="Sampling processes; 0 for one per GPU, or per core where there is none."),
     ] = 0,
     threads: Annotated[
         int, typer.Option(min=1, help="Of the processor, per worker. Another number may change low bits.")
     ] = 1,
-    address: Annotated[str | None, typer.Option(help="HOST:PORT of a Ray cluster; without it Ray starts here.")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="HOST:PORT of a Ray cluster; without it Ray starts here.")
+    ] = None,
     format: FormatOption = Format.folder,
     stand_in: Annotated[
         float | None,
-        typer.Option(help="Sample nothing: draw flat images that take so many seconds, to try a table or a cluster."),
+        typer.Option(
+            help="Sample nothing: draw flat images that take so many seconds, to try a table or a cluster."
+        ),
     ] = None,
 ) -> None:
     """Sample tries of every row of TABLE, score them, keep the best.
@@ -161,7 +179,9 @@ def make(
         seed=seed,
     )
     scores = _clip(clip, demo, stand_in)
-    filter = _filter(keep, bool(scores), min_image, min_text, min_direction, min_ssim_outside, max_distance_outside)
+    filter = _filter(
+        keep, bool(scores), min_image, min_text, min_direction, min_ssim_outside, max_distance_outside
+    )
     rows = _checked(table)
     file = samplers.DEMO if demo else str(checkpoint.resolve()) if checkpoint else ""
     settings = replace(settings, **_model(file))
@@ -169,7 +189,9 @@ def make(
     store = Store(out)
     store.prepare()
     _same_settings(store, settings, filter, scores)
-    count, gpus = (workers, 0.0) if workers and not _gpus() else (workers or _gpus() or os.cpu_count() or 1, 1.0)
+    count, gpus = (
+        (workers, 0.0) if workers and not _gpus() else (workers or _gpus() or os.cpu_count() or 1, 1.0)
+    )
     job = engine.Job(
         address=out,
         settings=settings,
@@ -281,10 +303,15 @@ def _model(file: str) -> dict[str, str]:
     path = ROOT / "demo" / "model.safetensors" if file == samplers.DEMO else Path(file)
     try:
         with path.open("rb") as opened:
-            found = hashlib.file_digest(opened, "sha256") if hasattr(hashlib, "file_digest") else _sha256(opened)
+            found = (
+                hashlib.file_digest(opened, "sha256") if hasattr(hashlib, "file_digest") else _sha256(opened)
+            )
     except OSError as error:
         raise ValueError(f"the checkpoint {path} cannot be read: {error.strerror}") from None
-    return {"model": path.name if file != samplers.DEMO else "demo/model.safetensors", "model_sha256": found.hexdigest()}
+    return {
+        "model": path.name if file != samplers.DEMO else "demo/model.safetensors",
+        "model_sha256": found.hexdigest(),
+    }
 
 
 def _sha256(file: Any) -> Any:
@@ -325,7 +352,9 @@ def _same_settings(store: Store, settings: Settings, chosen: Filter, clip: str |
             if before["settings"].get(name) != value
         ]
         if other:
-            raise StoreError(f"{store.address} holds pairs of other settings ({'; '.join(other)}): choose another folder")
+            raise StoreError(
+                f"{store.address} holds pairs of other settings ({'; '.join(other)}): choose another folder"
+            )
     store.commit(RUN, json.dumps(now, indent=1).encode())
 
 
@@ -336,13 +365,16 @@ def _gpus() -> int:
 
 
 class _progress:
-    """A bar with rate and time left."""
+    """A bar with rate and time left, alone on the terminal: what Ray's own code writes there is left out."""
 
     def __enter__(self) -> Callable[[engine.Counts, int], None]:
         from tqdm import tqdm
 
         often = 0.5 if sys.stderr.isatty() else 15.0
-        self.bar = tqdm(total=0, unit=" pairs", mininterval=often, dynamic_ncols=True)
+        self.stderr = os.fdopen(os.dup(2), "w")
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        self.bar = tqdm(total=0, unit=" pairs", mininterval=often, dynamic_ncols=True, file=self.stderr)
         return self.watch
 
     def watch(self, counts: engine.Counts, finished: int) -> None:
@@ -352,13 +384,16 @@ class _progress:
 
     def __exit__(self, *_: Any) -> None:
         self.bar.close()
+        os.dup2(self.stderr.fileno(), 2)
+        self.stderr.close()
 
 
 def _tell(counts: engine.Counts, tries: int, store: Store) -> None:
     print(
         f"{counts.rows} rows: {counts.to_do // tries} made, {counts.done_before} were done, "
-        f"{counts.repeated} repeated, {len(counts.bad)} left out. {counts.made} tries, {counts.failed} failed. "
-        + _kept(store)
+        f"{counts.repeated} repeated, {len(counts.bad)} left out. "
+        f"{counts.made} tries, {counts.failed} failed. "
+        f"{_kept(store)}"
     )
 
 

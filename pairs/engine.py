@@ -1,9 +1,9 @@
 """The pipeline on Ray Data: rows, tries, sampling, scores, and the journal of what is done.
 
-    table -> orders (a few units of tries each) -> sampling actors -> scoring actors -> this process: best, journal
+    table -> orders: a few units of tries -> sampling actors -> scoring actors -> this process: journal
 
-What travels are orders as JSON texts: ids and settings, never pixels. Ray schedules, retries and moves work off
-lost machines; whatever it repeats changes nothing, because files are named by what they hold.
+What travels are orders as JSON texts: ids and settings, never pixels. Ray schedules, retries and moves work
+off lost machines; whatever it repeats changes nothing, because files are named by what they hold.
 """
 
 from __future__ import annotations
@@ -42,10 +42,11 @@ class RunError(RuntimeError):
 class Job:
     """What a run does.
 
-    sampler, scorer: make the actors' objects, with `make(unit)` and `score(id, original, edited)`; scorer may be
-    None. tries: of each row. drop: delete the images of tries that are not kept.
-    workers: sampling actors; gpus: of each of them, 0 for none. order: units that go to an actor together; 0 chooses.
-    address: of a Ray cluster; None starts Ray here.
+    sampler, scorer: make the actors' objects, with `make(unit)` and `score(id, original, edited)`; scorer may
+    be None. tries: of each row. drop: delete the images of tries that are not kept.
+    workers: sampling actors; gpus: of each of them, 0 for none. order: units that go to an actor together, 0
+    to choose by their number.
+    cluster: the address of a Ray cluster; None starts Ray here.
     """
 
     address: str
@@ -119,7 +120,9 @@ def describe(error: BaseException) -> str:
     return " ".join(f"{text}: {name}".split() if name else text.split())
 
 
-def run(job: Job, table: Iterable[Row | BadRow], watch: Callable[[Counts, int], None] | None = None) -> Counts:
+def run(
+    job: Job, table: Iterable[Row | BadRow], watch: Callable[[Counts, int], None] | None = None
+) -> Counts:
     """Make what is missing of the set, and write metadata.jsonl. Also after Ctrl+C, which is raised again.
 
     watch: called with the counts and the number of tries that were just finished.
@@ -188,7 +191,9 @@ def _stream(
 def _table(**columns: list[str]) -> Any:
     import pyarrow
 
-    return pyarrow.table({name: pyarrow.array(texts, pyarrow.large_string()) for name, texts in columns.items()})
+    return pyarrow.table(
+        {name: pyarrow.array(texts, pyarrow.large_string()) for name, texts in columns.items()}
+    )
 
 
 def _chunks(items: Iterable[tuple[Row, str]], size: int) -> Iterator[list[Row]]:
@@ -233,9 +238,7 @@ def _pipeline(ray: Any, job: Job, chunks: list[Any], tries: int) -> Any:
     return data
 
 
-def _collect(
-    job: Job, store: Store, data: Any, counts: Counts, watch: Callable[[Counts, int], None]
-) -> None:
+def _collect(job: Job, store: Store, data: Any, counts: Counts, watch: Callable[[Counts, int], None]) -> None:
     """Gather each row's units; when it has all, note its line; every few seconds write the lines."""
     gathered: dict[str, dict[int, dict[str, Any]]] = {}
     ready: list[dict[str, Any]] = []
@@ -283,7 +286,9 @@ def _tries(unit: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield {**fields.line(values, unit["more"]), "error": unit["error"]}
             continue
         files = dict(zip(fields.IMAGES, image_names(name), strict=False))
-        yield fields.line({**values, **files, **unit.get("scores", [{}] * len(unit["ids"]))[item]}, unit["more"])
+        yield fields.line(
+            {**values, **files, **unit.get("scores", [{}] * len(unit["ids"]))[item]}, unit["more"]
+        )
 
 
 def _drop(store: Store, chosen: Filter, rows: Iterable[dict[str, Any]]) -> None:
@@ -299,7 +304,6 @@ def _drop(store: Store, chosen: Filter, rows: Iterable[dict[str, Any]]) -> None:
 @contextlib.contextmanager
 def cluster(job: Job) -> Iterator[Any]:
     """Ray, started here or reached at its address, with the pack on its machines under the name `p2p`."""
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
     import ray.data
@@ -319,7 +323,9 @@ def cluster(job: Job) -> Iterator[Any]:
         try:
             ray.init(**where, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise RunError(f"Ray at {job.cluster or 'this machine'} did not start: {describe(error)}") from None
+            raise RunError(
+                f"Ray at {job.cluster or 'this machine'} did not start: {describe(error)}"
+            ) from None
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.target_max_block_size = 1  # an order is a block: it goes to whoever is free
@@ -347,5 +353,7 @@ def _packed(folder: Path) -> Path:
     pack.mkdir()
     shutil.copy(ROOT / "__init__.py", pack)
     for name in SHIPPED:
-        shutil.copytree(ROOT / name, pack / name, ignore=shutil.ignore_patterns("__pycache__", ".work", "*.jpg"))
+        shutil.copytree(
+            ROOT / name, pack / name, ignore=shutil.ignore_patterns("__pycache__", ".work", "*.jpg")
+        )
     return pack

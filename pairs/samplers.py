@@ -1,4 +1,4 @@
-"""The actors that make a pair's images: one loads ComfyUI and a checkpoint, one draws flat images without a model."""
+"""The actors that make images: one loads ComfyUI and a checkpoint, one draws flat images without a model."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class StandIn:
 class ComfySampler:
     """Samples units with the pack's own `sample_pairs`. Loads ComfyUI and the checkpoint once.
 
-    checkpoint: a file that ComfyUI's checkpoint loader reads, or "demo" for the bundled model. threads: of the
-    processor. Raises ValueError for a checkpoint without model, CLIP or VAE.
+    checkpoint: a file that ComfyUI's checkpoint loader reads, or "demo" for the bundled model. threads: of
+    the processor. Raises ValueError for a checkpoint without model, CLIP or VAE.
     """
 
     def __init__(self, address: str, checkpoint: str, threads: int):

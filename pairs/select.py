@@ -26,8 +26,12 @@ class Filter:
         """Why a try does not pass: the scores that are out of their limits."""
         if values.get("error"):
             return ["error"]
-        below = [name for name, limit in self.least.items() if not _number(values.get(name), -math.inf) >= limit]
-        above = [name for name, limit in self.most.items() if not _number(values.get(name), math.inf) <= limit]
+        below = [
+            name for name, limit in self.least.items() if not _number(values.get(name), -math.inf) >= limit
+        ]
+        above = [
+            name for name, limit in self.most.items() if not _number(values.get(name), math.inf) <= limit
+        ]
         return [*below, *above]
 
     def best(self, tries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

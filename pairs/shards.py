@@ -12,8 +12,8 @@ PER_SHARD = 1_000
 def write_shards(store: Store, per_shard: int = PER_SHARD) -> int:
     """Write DIR/webdataset/pairs-000000.tar ..., each a sample `ID.original.png`, `ID.edited.png`, `ID.json`.
 
-    Returns their number. Shards are written whole; those of a larger set before are removed. The same set gives
-    the same bytes.
+    Returns their number. Shards are written whole; those of a larger set before are removed. The same set
+    gives the same bytes.
     """
     import io
 
@@ -29,7 +29,12 @@ def write_shards(store: Store, per_shard: int = PER_SHARD) -> int:
                 images = (values[f"{role}_image_file_name"] for role in ("original", "edited"))
                 source, target = (store.read(name) for name in images)
                 tar.write(
-                    {"__key__": values["id"], "original.png": source, "edited.png": target, "json": bytes(text)}
+                    {
+                        "__key__": values["id"],
+                        "original.png": source,
+                        "edited.png": target,
+                        "json": bytes(text),
+                    }
                 )
         store.commit(_name(number), data.getvalue())
     number = len(shards)

@@ -1,7 +1,7 @@
 """The set on disk or in an object store: what is finished, and how a file or a line becomes finished.
 
 DIR/metadata.jsonl         the pairs that were kept
-DIR/images/ab/ab..._0.png  source, _1.png target, and _mask.png where a local blend acted, named by the try's id
+DIR/images/ab/ab..._0.png  source, _1.png target, _mask.png where a local blend acted; ab... is the try's id
 DIR/.pairs/journal/        a line for each row of the table that is done, with all its tries and their scores
 DIR/.pairs/run.json        the settings
 

@@ -49,7 +49,10 @@ class BadRow:
 
 
 def read_range(value: Any, name: str) -> tuple[float, float]:
-    """`0.8`, `"0.8"`, `"0.1:0.9"` or `[0.1, 0.9]` as (low, high). Raises ValueError out of the setting's limits."""
+    """`0.8`, `"0.8"`, `"0.1:0.9"` or `[0.1, 0.9]` as (low, high).
+
+    Raises ValueError for anything else, and out of the setting's limits.
+    """
     parts = value.split(":") if isinstance(value, str) else value if isinstance(value, list) else [value]
     try:
         low, high = float(parts[0]), float(parts[-1])
@@ -66,8 +69,8 @@ def read_range(value: Any, name: str) -> tuple[float, float]:
 def read_table(path: str) -> Iterator[Row | BadRow]:
     """The rows of a table in their order.
 
-    path: a file or fsspec address that ends with .jsonl, .csv or .parquet. Raises TableError for a file that is
-    not there, of another kind, or without the columns `original_prompt` and `edited_prompt`.
+    path: a file or fsspec address that ends with .jsonl, .csv or .parquet. Raises TableError for a file that
+    is not there, of another kind, or without the columns `original_prompt` and `edited_prompt`.
     """
     kind = next((kind for end, kind in SUFFIXES.items() if path.lower().endswith(end)), None)
     if kind is None:

@@ -1,7 +1,7 @@
 """From rows to tries: what is drawn for each, and the ids that name them.
 
-Everything follows from the row's own content and the settings: not from its place in the table, the process, the
-machine or the time. Running again therefore makes the same tries under the same ids.
+Everything follows from the row's own content and the settings, and nothing from its place in the table, the
+process, the machine or the time. Running again therefore makes the same tries under the same ids.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ SPARE = 11
 class Settings:
     """How pairs are sampled. Ranges are (low, high); a number is a range of one.
 
-    cross_end, self_end, self_resolution: as in tau Scheduler. width, height: px. batch: tries of a row that go
-    through the model together; they share their draws and differ in their noise.
+    cross_end, self_end, self_resolution: as in tau Scheduler. width, height: px. batch: tries of a row that
+    go through the model together; they share their draws and differ in their noise.
     seed: of all draws, 0 to 2^63 - 1. model_sha256: of the checkpoint's file.
     """
 
@@ -71,10 +71,10 @@ def row_id(row: Row, settings: Settings) -> str:
 
 
 def expand(row: Row, settings: Settings, tries: int) -> list[dict[str, Any]]:
-    """The units of a row: batches of tries that are sampled together. The last one may have tries too many.
+    """The units of a row: batches of tries that are sampled together. The last may have tries too many.
 
-    Each has `row` (the row's id), `line`, `number` (from 0), `ids` of its tries, `seed`, what was drawn, and all
-    else that sampling needs, as a JSON value. A row's own seed is its first unit's; the next ones count on from it.
+    Each has `row` (the row's id), `line`, `number` (from 0), `ids` of its tries, `seed`, what was drawn, and
+    all else that sampling needs, as a JSON value. A row's own seed is its first unit's; the next count on.
     """
     own = settings.of(row)
     name = row_id(row, settings)
@@ -93,7 +93,15 @@ def expand(row: Row, settings: Settings, tries: int) -> list[dict[str, Any]]:
         }
         ids = [digest([prompts, values, item], 24) for item in range(own.batch)]
         units.append(
-            {"row": name, "line": row.line, "number": number, "ids": ids, **prompts, **values, "more": row.more}
+            {
+                "row": name,
+                "line": row.line,
+                "number": number,
+                "ids": ids,
+                **prompts,
+                **values,
+                "more": row.more,
+            }
         )
     return units
 
