@@ -37,12 +37,12 @@ TEXT = {
     "max_position_embeddings": LENGTH,
 }
 VISION = {
-    "hidden_size": 96,
-    "intermediate_size": 384,
+    "hidden_size": 128,
+    "intermediate_size": 512,
     "num_hidden_layers": 4,
-    "num_attention_heads": 3,
+    "num_attention_heads": 4,
     "image_size": SIDE,
-    "patch_size": 8,
+    "patch_size": 16,
 }
 WIDTH, RATE = 64, 1.5e-3
 SPECIAL = ["[PAD]", "[UNK]", "[START]", "[END]"]

@@ -189,9 +189,6 @@ def make(
     store = Store(out)
     store.prepare()
     _same_settings(store, settings, filter, scores)
-    count, gpus = (
-        (workers, 0.0) if workers and not _gpus() else (workers or _gpus() or os.cpu_count() or 1, 1.0)
-    )
     job = engine.Job(
         address=out,
         settings=settings,
@@ -203,8 +200,7 @@ def make(
             else functools.partial(samplers.ComfySampler, out, file, threads)
         ),
         scorer=functools.partial(_scorer, out, scores),
-        workers=count,
-        gpus=gpus if _gpus() or address else 0.0,
+        workers=workers,
         drop=drop_rejected,
         cluster=address,
     )
@@ -356,12 +352,6 @@ def _same_settings(store: Store, settings: Settings, chosen: Filter, clip: str |
                 f"{store.address} holds pairs of other settings ({'; '.join(other)}): choose another folder"
             )
     store.commit(RUN, json.dumps(now, indent=1).encode())
-
-
-def _gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count()
 
 
 class _progress:

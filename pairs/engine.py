@@ -44,8 +44,8 @@ class Job:
 
     sampler, scorer: make the actors' objects, with `make(unit)` and `score(id, original, edited)`; scorer may
     be None. tries: of each row. drop: delete the images of tries that are not kept.
-    workers: sampling actors; gpus: of each of them, 0 for none. order: units that go to an actor together, 0
-    to choose by their number.
+    workers: sampling actors, 0 for one per GPU, or per core where there is none. order: units that go to an
+    actor together, 0 to choose by their number.
     cluster: the address of a Ray cluster; None starts Ray here.
     """
 
@@ -55,8 +55,7 @@ class Job:
     filter: Filter
     sampler: Callable[[], Any]
     scorer: Callable[[], Any] | None
-    workers: int = 1
-    gpus: float = 0.0
+    workers: int = 0
     drop: bool = False
     order: int = 0
     cluster: str | None = None
@@ -207,9 +206,19 @@ def _chunks(items: Iterable[tuple[Row, str]], size: int) -> Iterator[list[Row]]:
         yield chunk
 
 
+def _workers(ray: Any, job: Job) -> tuple[int, float]:
+    """How many sampling actors, and the share of a GPU that each gets."""
+    there = ray.cluster_resources()
+    gpus = there.get("GPU", 0.0)
+    cores = max(1, int(there["CPU"]) - 1) if job.cluster else os.cpu_count() or 1
+    workers = job.workers or int(gpus) or cores
+    return workers, min(1.0, gpus / workers)
+
+
 def _pipeline(ray: Any, job: Job, chunks: list[Any], tries: int) -> Any:
+    workers, gpus = _workers(ray, job)
     units = -(-tries // job.settings.batch)
-    size = job.order or max(1, min(32, units // (16 * job.workers)))
+    size = job.order or max(1, min(32, units // (16 * workers)))
     settings, count = job.settings, job.tries
 
     def plan(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -231,9 +240,9 @@ def _pipeline(ray: Any, job: Job, chunks: list[Any], tries: int) -> Any:
             Stage,
             fn_constructor_args=(make, step),
             batch_size=None,
-            compute=ray.data.ActorPoolStrategy(size=job.workers),
+            compute=ray.data.ActorPoolStrategy(size=workers),
             num_cpus=share,
-            num_gpus=share * job.gpus or None,
+            num_gpus=share * gpus or None,
         )
     return data
 
@@ -304,6 +313,7 @@ def _drop(store: Store, chosen: Filter, rows: Iterable[dict[str, Any]]) -> None:
 @contextlib.contextmanager
 def cluster(job: Job) -> Iterator[Any]:
     """Ray, started here or reached at its address, with the pack on its machines under the name `p2p`."""
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")  # 30 are too few on a busy machine
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
     import ray.data
@@ -319,10 +329,11 @@ def cluster(job: Job) -> Iterator[Any]:
         else:
             os.symlink(ROOT, Path(scratch, "p2p"))
             environment["env_vars"]["PYTHONPATH"] = scratch
-            where = {"num_cpus": 2 * job.workers + 1, "include_dashboard": False}
+            cores = 2 * (job.workers or os.cpu_count() or 1) + 1  # what waits for an actor needs a place too
+            where = {"num_cpus": cores, "include_dashboard": False}
         try:
             ray.init(**where, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except Exception as error:  # Ray raises bare ones too
             raise RunError(
                 f"Ray at {job.cluster or 'this machine'} did not start: {describe(error)}"
             ) from None

@@ -196,11 +196,12 @@ def _galleries(store: Store, tally: Tally) -> list[str]:
     places = sorted(tally.places, reverse=True)
     if not places:
         return []
-    middle = max(0, len(places) // 2 - SHOWN // 2)
+    count = min(SHOWN, -(-len(places) // 3))  # of a small set each pair once
+    middle = (len(places) - count) // 2
     groups = {
-        "Best": places[:SHOWN],
-        "Middle": places[middle : middle + SHOWN],
-        "Worst": places[-SHOWN:],
+        "Best": places[:count],
+        "Middle": places[count:-count][:count] if len(places) < 3 * count else places[middle:][:count],
+        "Worst": places[max(count, len(places) - count) :],
     }
     wanted = {(number, n) for group in groups.values() for _, number, n in group}
     rows = {number for number, _ in wanted}

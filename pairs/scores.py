@@ -9,10 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
-from torch.nn import functional as F
 
 from .store import Store, image_names
 
@@ -26,8 +23,11 @@ class Clip:
     """
 
     def __init__(self, name: str):
+        import torch
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
+        torch.set_num_threads(1)
+        torch.set_grad_enabled(False)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = AutoModel.from_pretrained(name, dtype=torch.float32).eval().to(device)
         self.tokenizer = AutoTokenizer.from_pretrained(name)
@@ -35,7 +35,7 @@ class Clip:
         self.length = self.model.config.text_config.max_position_embeddings
         self.text = lru_cache(1024)(self._text)
 
-    def _text(self, text: str) -> Tensor:
+    def _text(self, text: str) -> np.ndarray:
         """(width,) of length 1. A prompt that is too long is cut, as in the published code."""
         siglip = "siglip" in self.model.config.model_type  # was trained on padded texts
         tokens = self.tokenizer(
@@ -47,49 +47,61 @@ class Clip:
         )
         names = ("input_ids",) if siglip else ("input_ids", "attention_mask")
         found = self.model.get_text_features(**{name: tokens[name].to(self.model.device) for name in names})
-        return F.normalize(_features(found), dim=-1)[0].cpu()
+        return _unit(found)[0]
 
-    def images(self, images: Sequence[Image.Image]) -> Tensor:
+    def images(self, images: Sequence[Image.Image]) -> np.ndarray:
         """(images, width), each of length 1."""
         pixels = self.process(images=list(images), return_tensors="pt")["pixel_values"]
-        found = self.model.get_image_features(pixel_values=pixels.to(self.model.device))
-        return F.normalize(_features(found), dim=-1).cpu()
+        return _unit(self.model.get_image_features(pixel_values=pixels.to(self.model.device)))
 
 
-def _features(found: Any) -> Tensor:
-    """Later versions of the library wrap the embedding."""
-    return (found if isinstance(found, Tensor) else found.pooler_output).float()
+def _unit(found: Any) -> np.ndarray:
+    """Embeddings of length 1; later versions of the library wrap them."""
+    rows = getattr(found, "pooler_output", found).double().cpu().numpy()
+    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
 
 
-def similarities(images: Tensor, texts: Tensor) -> dict[str, float]:
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    """0 where one of them is zero."""
+    length = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float(a @ b) / length if length else 0.0
+
+
+def similarities(images: np.ndarray, texts: np.ndarray) -> dict[str, float]:
     """Cosines of a pair: clip_sim_0 and _1 of each image with its prompt, clip_sim_image of both, and
 
         clip_sim_dir = cos(I_1 - I_0, T_1 - T_0)
 
-    images I, texts T: (2, width) of length 1, source and target. 0 where the prompts are the same.
+    images I, texts T: (2, width) of length 1, source and target. The direction is 0 for equal prompts.
     Source: Gal et al. 2022 (direction); Brooks et al. 2023, section 3.1.2.
     """
-    own = F.cosine_similarity(images, texts)
-    direction = F.cosine_similarity(images[1] - images[0], texts[1] - texts[0], dim=0)
-    between = F.cosine_similarity(images[0], images[1], dim=0)
     values = {
-        "clip_sim_0": own[0],
-        "clip_sim_1": own[1],
-        "clip_sim_dir": direction,
-        "clip_sim_image": between,
+        "clip_sim_0": cosine(images[0], texts[0]),
+        "clip_sim_1": cosine(images[1], texts[1]),
+        "clip_sim_dir": cosine(images[1] - images[0], texts[1] - texts[0]),
+        "clip_sim_image": cosine(images[0], images[1]),
     }
-    return {name: round(float(value), DIGITS) for name, value in values.items()}
+    return {name: round(value, DIGITS) for name, value in values.items()}
 
 
 def ssim_map(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Structural similarity of each pixel in windows of 11 px, mean of the channels, (height, width).
 
-    a, b: (height, width, 3), 0 to 1. Source: Wang et al. 2004, equation 13.
-    """
-    from kornia.metrics import ssim
+        ((2 m_a m_b + C_1) (2 s_ab + C_2)) / ((m_a^2 + m_b^2 + C_1) (s_a^2 + s_b^2 + C_2))
 
-    x, y = (torch.from_numpy(v).permute(2, 0, 1)[None] for v in (a, b))
-    return ssim(x, y, 11)[0].mean(0).numpy()
+    a, b: (height, width, 3), 0 to 1. Gaussian windows of deviation 1.5 px; C_1 = 0.01^2, C_2 = 0.03^2.
+    Source: Wang et al. 2004, equation 13.
+    """
+    from scipy.ndimage import gaussian_filter
+
+    def mean(values: np.ndarray) -> np.ndarray:
+        return gaussian_filter(values, (1.5, 1.5, 0), mode="mirror", radius=(5, 5, 0))
+
+    ma, mb = mean(a), mean(b)
+    va, vb, both = mean(a * a) - ma * ma, mean(b * b) - mb * mb, mean(a * b) - ma * mb
+    c1, c2 = 0.01**2, 0.03**2
+    top = (2 * ma * mb + c1) * (2 * both + c2)
+    return (top / ((ma * ma + mb * mb + c1) * (va + vb + c2))).mean(2)
 
 
 def changes(source: np.ndarray, target: np.ndarray, mask: np.ndarray | None) -> dict[str, float | None]:
@@ -112,8 +124,6 @@ class Scorer:
     """An actor that scores pairs from their files. clip: None for no CLIP."""
 
     def __init__(self, address: str, clip: str | None):
-        torch.set_num_threads(1)
-        torch.set_grad_enabled(False)
         self.store = Store(address)
         self.clip = Clip(clip) if clip else None
 
@@ -125,7 +135,7 @@ class Scorer:
         pixels = [np.asarray(image, np.float64) / 255 for image in (source, target)]
         found = changes(*pixels, region)
         if self.clip is not None:
-            texts = torch.stack([self.clip.text(original_prompt), self.clip.text(edited_prompt)])
+            texts = np.stack([self.clip.text(original_prompt), self.clip.text(edited_prompt)])
             found |= similarities(self.clip.images([source, target]), texts)
         return found
 

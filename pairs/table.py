@@ -136,7 +136,7 @@ def _json_rows(path: str) -> Iterator[tuple[int, Any]]:
             if not raw.strip():
                 continue
             try:
-                values = json.loads(raw)
+                values = json.loads(raw.strip())
             except ValueError as error:  # JSON and UTF-8
                 yield number, BadRow(number, f"not JSON: {error}")
                 continue

@@ -45,7 +45,7 @@ def make(table: Path, out: Path, *options: str) -> list[str]:
 
 
 def run(*command: str, code: int = 0, **options: Any) -> subprocess.CompletedProcess:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, **options)
     assert done.returncode == code, done.stdout + done.stderr
     return done
 

@@ -1,0 +1,329 @@
+"""Pairs at scale: what the engine costs, how it scales, and whether kills at random moments leave a trace.
+
+python benchmarks/pairs.py speed        pairs a minute against a plain loop, and with two workers
+python benchmarks/pairs.py engine       a sampler that does nothing, over many rows; then the same again
+python benchmarks/pairs.py acceptance   how many rows have a pair after so many tries
+python benchmarks/pairs.py kills        kill drivers, workers and nodes at random moments, go on, compare
+
+Each prints its figures, and keeps them in output/pairs/NAME.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from pack import ROOT, load_pack
+
+OUT = ROOT / "output" / "pairs"
+MAKE = [sys.executable, str(ROOT / "pairs"), "make"]
+EDITS = (
+    ("a cat riding a bicycle", "turn the bicycle into a car", "a cat riding a car"),
+    ("a castle on a mountain", "make it snow", "a castle on a snowy mountain"),
+    ("a red house in a field", "paint it blue", "a blue house in a field"),
+    ("a dog on a beach", "make it an elephant", "an elephant on a beach"),
+)
+
+
+def edits(count: int) -> Iterator[dict[str, Any]]:
+    for n in range(count):
+        names = ("original_prompt", "edit_prompt", "edited_prompt")
+        yield {**dict(zip(names, EDITS[n % len(EDITS)], strict=True)), "seed": 1000 * n}
+
+
+def write_table(path: Path, count: int, unreadable: int | None = None) -> Path:
+    """unreadable: the line that is no JSON."""
+    with path.open("w") as file:
+        for n, row in enumerate(edits(count), 1):
+            file.write("{unreadable\n" if n == unreadable else json.dumps(row) + "\n")
+    return path
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Every file of a set, but the tool's own, with its hash."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and ".pairs" not in path.parts
+    }
+
+
+class Nothing:
+    """Samples nothing and writes nothing."""
+
+    def make(self, unit: dict[str, Any]) -> None:
+        pass
+
+
+def engine(options: argparse.Namespace) -> dict[str, Any]:
+    """Rate over many rows of one try, memory of this process, and the time of a run that finds all done."""
+    from p2p.pairs.engine import Counts, Job, run
+    from p2p.pairs.select import Filter
+    from p2p.pairs.table import read_table
+    from p2p.pairs.tries import Settings
+
+    figures: dict[str, Any] = {"rows": options.rows, "memory_mb": []}
+    with TemporaryDirectory() as scratch:
+        from p2p.pairs.store import Store
+
+        out, table = f"{scratch}/set", write_table(Path(scratch, "table.jsonl"), options.rows)
+        Store(out).prepare()
+        job = Job(out, Settings(), 1, Filter(least={}), Nothing, None)
+        begun: list[float] = []
+
+        def watch(counts: Counts, finished: int) -> None:
+            if finished:
+                begun or begun.append(time.monotonic())
+                if counts.made % max(1, options.rows // 10) == 0:
+                    figures["memory_mb"].append(memory())
+
+        run(job, read_table(str(table)), watch)
+        figures["rows_a_second"] = round(options.rows / (time.monotonic() - begun[0]))
+        again = time.monotonic()
+        counts = run(job, read_table(str(table)))
+        figures["resume_seconds"] = round(time.monotonic() - again, 1)
+        assert counts.done_before == options.rows
+    return figures
+
+
+def memory() -> int:
+    """MB that this process holds now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() // 2**20
+
+
+def speed(options: argparse.Namespace) -> dict[str, Any]:
+    """Pairs a minute once the model is loaded: a plain loop, one worker, two workers."""
+    with TemporaryDirectory() as scratch:
+        table = write_table(Path(scratch, "table.jsonl"), options.rows)
+        figures = {"pairs": options.rows * 2, "loop": plain_loop(Path(scratch, "loop"), table)}
+        for workers in (1, 2):
+            figures[f"workers_{workers}"] = with_workers(Path(scratch, str(workers)), table, workers)
+    return figures
+
+
+def demo_job(out: Path, workers: int, clip: str | None = None, **settings: Any) -> Any:
+    from p2p.pairs import samplers
+    from p2p.pairs.engine import Job
+    from p2p.pairs.scores import Scorer
+    from p2p.pairs.select import Filter
+    from p2p.pairs.store import Store
+    from p2p.pairs.tries import Settings
+
+    Store(str(out)).prepare()
+    chosen = Settings(cfg=(4.0, 4.0), steps=20, width=128, height=128, **settings)
+    make = partial(samplers.ComfySampler, str(out), samplers.DEMO, 1)
+    least = {} if clip is None else Filter().least
+    return Job(str(out), chosen, 2, Filter(least=least), make, partial(Scorer, str(out), clip), workers)
+
+
+def plain_loop(out: Path, table: Path) -> float:
+    """The same sampling, writing and scoring without an engine, in a process of its own."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import time\n"
+        "from pathlib import Path\nfrom pairs import demo_job, load_pack\nload_pack()\n"
+        "from p2p.pairs.engine import sample_step, score_step\nfrom p2p.pairs.table import read_table\n"
+        "from p2p.pairs.tries import expand\n"
+        "job = demo_job(Path(sys.argv[2]), 1)\nsampler, scorer = job.sampler(), job.scorer()\n"
+        "units = [u for row in read_table(sys.argv[3]) for u in expand(row, job.settings, 2)]\n"
+        "for n, unit in enumerate(units):\n"
+        "    sample_step(sampler, unit); score_step(scorer, unit)\n"
+        "    if n == 0: begun = time.monotonic()\n"
+        "print(60 * (len(units) - 1) / (time.monotonic() - begun))\n"
+    )
+    command = [sys.executable, "-c", code, str(ROOT / "benchmarks"), str(out), str(table)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return round(float(done.stdout.split()[-1]), 1)
+
+
+def with_workers(out: Path, table: Path, workers: int) -> float:
+    """From the first finished order of units to the last."""
+    from p2p.pairs.engine import Counts, run
+    from p2p.pairs.table import read_table
+
+    marks: list[tuple[float, int]] = []
+
+    def watch(counts: Counts, finished: int) -> None:
+        if finished:
+            marks.append((time.monotonic(), counts.made))
+
+    run(demo_job(out, workers), read_table(str(table)), watch)
+    (begun, first), (ended, last) = marks[0], marks[-1]
+    return round(60 * (last - first) / (ended - begun), 1)
+
+
+def acceptance(options: argparse.Namespace) -> dict[str, Any]:
+    """Share of the rows with a kept pair, and of the tries that pass, by number of tries; the bundled model."""
+    from p2p.pairs.command import BUNDLED_CLIP
+    from p2p.pairs.engine import run
+    from p2p.pairs.select import Filter
+    from p2p.pairs.store import Store
+    from p2p.pairs.table import read_table
+
+    with TemporaryDirectory() as scratch:
+        table = write_table(Path(scratch, "table.jsonl"), options.rows)
+        out = Path(scratch, "set")
+        job = replace(
+            demo_job(out, os.cpu_count() or 1, str(BUNDLED_CLIP), cross_end=(0.2, 0.9)), tries=options.tries
+        )
+        run(job, read_table(str(table)))
+        rows = list(Store(str(out)).rows())
+    passed = [[not Filter().reasons(values) for values in row["tries"]] for row in rows]
+    counts = [n for n in (1, 2, 4, 8, 16, 32) if n <= options.tries]
+    return {
+        "rows": len(rows),
+        "tries_that_pass": round(sum(map(sum, passed)) / sum(map(len, passed)), 3),
+        "rows_with_a_pair": {n: round(sum(any(row[:n]) for row in passed) / len(rows), 3) for n in counts},
+    }
+
+
+def kills(options: argparse.Namespace) -> dict[str, Any]:
+    """Rounds in which something is killed at a random moment; each ends in a run that nobody disturbs.
+
+    Raises AssertionError if a set is not, byte for byte, the one of an undisturbed run.
+    """
+    r = random.Random(options.seed)
+    figures: dict[str, Any] = {"rounds": 0, "runs": 0, "killed": {}, "files": 0}
+    with TemporaryDirectory() as scratch:
+        table = write_table(Path(scratch, "table.jsonl"), options.rows, unreadable=options.rows // 2)
+        whole = Path(scratch, "whole")
+        finish(table, whole)
+        expected = digests(whole)
+        figures["files"] = len(expected)
+        for number in range(options.rounds):
+            out = Path(scratch, str(number))
+            victim = options.victim or ("driver", "worker", "node", "raylet")[number % 4]
+            for _ in range(2):
+                figures["runs"] += 1
+                hit = disturbed(table, out, victim, r)
+                figures["killed"][victim] = figures["killed"].get(victim, 0) + hit
+            finish(table, out)
+            found = digests(out)
+            names = {name for name in {*found, *expected} if found.get(name) != expected.get(name)}
+            assert not names, f"round {number}, {victim}: {len(names)} files differ: {sorted(names)[:5]}"
+            figures["rounds"] += 1
+            print(f"round {number}: {victim} killed, {len(found)} files as undisturbed", flush=True)
+    return figures
+
+
+def command(table: Path, out: Path, *more: str) -> list[str]:
+    size = ["--width", "32", "--height", "32", "--tries", "3", "--keep", "2", "--workers", "2"]
+    return [*MAKE, str(table), "--out", str(out), "--stand-in", "0.05", *size, *more]
+
+
+def finish(table: Path, out: Path) -> None:
+    """Run to the end."""
+    done = subprocess.run(command(table, out), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def disturbed(table: Path, out: Path, victim: str, r: random.Random) -> bool:
+    """A run in which `victim` is killed at a random moment after sampling began; whether it was there to kill."""
+    if victim == "node":
+        with nodes() as (address, lose):
+            return killed_in(command(table, out, "--address", address), out, r, lambda _: lose())
+    return killed_in(command(table, out), out, r, partial(kill, victim, r))
+
+
+def killed_in(
+    run: list[str], out: Path, r: random.Random, strike: Callable[[subprocess.Popen], bool]
+) -> bool:
+    process = subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    before = sum(1 for _ in out.rglob("*.png")) if out.exists() else 0
+    while process.poll() is None and sum(1 for _ in out.rglob("*.png")) <= before:
+        time.sleep(0.1)
+    time.sleep(r.uniform(0, 6))
+    hit = process.poll() is None and strike(process)
+    try:
+        process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise AssertionError("the run neither went on nor ended in 300 s") from None
+    return hit
+
+
+def kill(victim: str, r: random.Random, process: subprocess.Popen) -> bool:
+    """SIGKILL to the driver, to one of Ray's workers that serve it, or to Ray's own process of this machine."""
+    import psutil
+
+    if victim == "driver":
+        process.kill()
+        return True
+    mark = {"worker": "ray::MapWorker", "raylet": "raylet/raylet"}[victim]
+    children = psutil.Process(process.pid).children(recursive=True)
+    found = [child for child in children if mark in " ".join(safely(child.cmdline)[:1])]
+    if found:
+        r.choice(found).kill()
+    return bool(found)
+
+
+def safely(read: Callable[[], Any]) -> Any:
+    import psutil
+
+    try:
+        return read()
+    except psutil.Error:
+        return ""
+
+
+@contextmanager
+def nodes() -> Iterator[tuple[str, Callable[[], bool]]]:
+    """A Ray cluster of three nodes on this machine: its address, and a function that ends one of them."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    others = [cluster.add_node(num_cpus=2) for _ in range(2)]
+
+    def lose() -> bool:
+        cluster.remove_node(others.pop(), allow_graceful=False)
+        return True
+
+    try:
+        yield cluster.address, lose
+    finally:
+        cluster.shutdown()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parts = parser.add_subparsers(dest="part", required=True)
+    for name, rows in (("speed", 20), ("engine", 100_000), ("acceptance", 24), ("kills", 60)):
+        part = parts.add_parser(name)
+        part.add_argument("--rows", type=int, default=rows)
+        if name == "acceptance":
+            part.add_argument("--tries", type=int, default=16)
+        if name == "kills":
+            part.add_argument("--rounds", type=int, default=20)
+            part.add_argument("--seed", type=int, default=0)
+            part.add_argument("--victim", choices=("driver", "worker", "node", "raylet"))
+    options = parser.parse_args()
+    load_pack()
+    figures = {"speed": speed, "engine": engine, "acceptance": acceptance, "kills": kills}[options.part](
+        options
+    )
+    OUT.mkdir(parents=True, exist_ok=True)
+    (OUT / f"{options.part}.json").write_text(json.dumps(figures, indent=1) + "\n")
+    print(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()
