@@ -9,6 +9,7 @@ off lost machines; whatever it repeats changes nothing, because files are named 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -176,15 +177,18 @@ def _stream(
     counts: Counts,
     watch: Callable[[Counts, int], None],
 ) -> None:
+    groups = _chunks(rows, 100)
+    first = next(groups, None)
+    if first is None:
+        return
     chunks = []
     with cluster(job) as ray:
-        for chunk in _chunks(rows, 100):
+        for chunk in itertools.chain([first], groups):
             counts.to_do += len(chunk) * job.tries
             texts = [json.dumps([vars(row) for row in chunk], default=str)]
             chunks.append(ray.put(_table(rows=texts)))
         watch(counts, 0)
-        if chunks:
-            _collect(job, store, _pipeline(ray, job, chunks, counts.to_do), counts, watch)
+        _collect(job, store, _pipeline(ray, job, chunks, counts.to_do), counts, watch)
 
 
 def _table(**columns: list[str]) -> Any:
@@ -265,7 +269,7 @@ def _collect(job: Job, store: Store, data: Any, counts: Counts, watch: Callable[
         for batch in data.iter_batches(batch_size=None, batch_format="numpy"):
             for unit in (unit for text in batch["order"] for unit in json.loads(text)):
                 if "fatal" in unit:
-                    raise RunError(unit["fatal"])
+                    raise RunError(f"{unit['fatal']}. What is finished is kept; run the same command again")
                 units = gathered.setdefault(unit["row"], {})
                 units[unit["number"]] = unit
                 if len(units) == wanted:

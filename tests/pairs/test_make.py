@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,29 @@ def test_a_killed_run_that_goes_on_gives_the_same_set(
         assert len(list(out.rglob("*_1.png"))) < 24
         run(*make(table, out))
     assert files(out) == files(whole)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder with room for a part of the set."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=120k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small disk takes root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_ends_in_one_line_and_with_room_the_set_is_the_same(
+    table: Path, whole: Path, small_disk: Path
+) -> None:
+    done = run(*make(table, small_disk), code=1)
+    assert "No space left" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert 0 < len(files(small_disk)) < 48
+    subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
+    run(*make(table, small_disk))
+    assert files(small_disk) == files(whole)
 
 
 def test_the_filter_chooses_again_without_sampling(whole: Path) -> None:
