@@ -31,6 +31,8 @@ from .tries import Settings, expand, row_id
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ("attention", "sampling", "demo", "pairs", "tools")
 """The folders that other machines get."""
+PATIENCE = {"RAY_raylet_start_wait_time_s": "180", "RAY_worker_register_timeout_seconds": "600"}
+"""Seconds that a Ray started here waits for its processes; by default it gives up on a busy machine."""
 FLUSH = 5.0
 """Seconds from a finished row to its line."""
 
@@ -80,7 +82,8 @@ class Stage:
     Ray would try a broken checkpoint again and again."""
 
     def __init__(self, make: Callable[[], Any], step: Callable[[Any, dict[str, Any]], None]):
-        self.step, self.inner, self.failure = step, None, ""
+        self.step, self.failure = step, ""
+        self.inner: Any = None
         try:
             self.inner = make()
         except Exception as error:
@@ -317,8 +320,8 @@ def _drop(store: Store, chosen: Filter, rows: Iterable[dict[str, Any]]) -> None:
 @contextlib.contextmanager
 def cluster(job: Job) -> Iterator[Any]:
     """Ray, started here or reached at its address, with the pack on its machines under the name `p2p`."""
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")  # 30 are too few on a busy machine
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    for name, value in PATIENCE.items():
+        os.environ.setdefault(name, value)
     import ray
     import ray.data
 
