@@ -7,10 +7,12 @@ import difflib
 import html
 import io
 import math
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from .fields import SCORES
@@ -45,7 +47,10 @@ figure img { width: 160px; height: auto; border-radius: 3px } figcaption { font-
 
 
 class Tally:
-    """What the page says of all tries, gathered in one pass; of the tries themselves it keeps `reservoir`."""
+    """What the page says of all tries, gathered in one pass.
+
+    Of a try it keeps a score and two numbers: its row's in the journal and its own in the row.
+    """
 
     def __init__(self, chosen: Filter):
         self.chosen = chosen
@@ -56,7 +61,7 @@ class Tally:
         self.bins: dict[str, dict[bool, Counter[int]]] = defaultdict(
             lambda: {True: Counter(), False: Counter()}
         )
-        self.places: list[tuple[float, int, int]] = []
+        self.ranked, self.row_of, self.try_of = array("d"), array("L"), array("L")
 
     def add(self, number: int, row: dict[str, Any]) -> None:
         kept = {values["id"] for values in self.chosen.best(row["tries"])}
@@ -81,7 +86,9 @@ class Tally:
                     self.bins[name][values["id"] in kept][math.floor(value * BINS)] += 1
             score = next((values[name] for name in RANKED if values.get(name) is not None), None)
             if score is not None:
-                self.places.append((score, number, n))
+                self.ranked.append(score)
+                self.row_of.append(number)
+                self.try_of.append(n)
 
 
 def edit_kind(source: str, target: str) -> str:
@@ -193,17 +200,14 @@ def _chart(name: str, bins: dict[bool, Counter[int]], chosen: Filter) -> str:
 
 
 def _galleries(store: Store, tally: Tally) -> list[str]:
-    places = sorted(tally.places, reverse=True)
-    if not places:
+    order = np.argsort(-np.array(tally.ranked), kind="stable")
+    if not len(order):
         return []
-    count = min(SHOWN, -(-len(places) // 3))  # of a small set each pair once
-    middle = (len(places) - count) // 2
-    groups = {
-        "Best": places[:count],
-        "Middle": places[count:-count][:count] if len(places) < 3 * count else places[middle:][:count],
-        "Worst": places[max(count, len(places) - count) :],
-    }
-    wanted = {(number, n) for group in groups.values() for _, number, n in group}
+    count = min(SHOWN, max(1, len(order) // 3))  # of a small set each pair once
+    middle = (len(order) - count) // 2
+    parts = {"Best": order[:count], "Middle": order[middle:][:count], "Worst": order[-count:]}
+    groups = {title: [(tally.row_of[at], tally.try_of[at]) for at in part] for title, part in parts.items()}
+    wanted = {place for group in groups.values() for place in group}
     rows = {number for number, _ in wanted}
     found: dict[tuple[int, int], str] = {}
     for number, row in enumerate(store.rows()):
@@ -213,7 +217,7 @@ def _galleries(store: Store, tally: Tally) -> list[str]:
                 if (number, n) in wanted:
                     found[number, n] = _figure(store, values, values["id"] in kept)
     return [
-        f"<h2>{title}</h2><div class=row>{''.join(found[number, n] for _, number, n in group)}</div>"
+        f"<h2>{title}</h2><div class=row>{''.join(found[place] for place in group)}</div>"
         for title, group in groups.items()
     ]
 
