@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -214,7 +214,7 @@ def kills(options: argparse.Namespace) -> dict[str, Any]:
         for number in range(options.rounds):
             out = Path(scratch, str(number))
             victim = options.victim or VICTIMS[number % len(VICTIMS)]
-            with disk(out) if victim == "disk" else nullcontext(lambda: None) as grow:
+            with disk(out, small=victim == "disk") as grow:
                 struck, code = disturbed(table, out, victim, r)
                 there = len(list(out.rglob("*_1.png")))
                 grow()
@@ -278,12 +278,15 @@ def kill(victim: str, r: random.Random, process: subprocess.Popen) -> bool:
 
 
 @contextmanager
-def disk(folder: Path) -> Iterator[Callable[[], None]]:
-    """A file system of 300 kB as the folder, and a function that makes it larger. For root, on Linux."""
+def disk(folder: Path, small: bool) -> Iterator[Callable[[], object]]:
+    """If small, a file system of 300 kB as the folder, for root on Linux; a function that makes it larger."""
+    if not small:
+        yield lambda: None
+        return
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)], check=True)
     try:
-        yield lambda: subprocess.run(["mount", "-o", "remount,size=64m", str(folder)], check=True)  # type: ignore
+        yield lambda: subprocess.run(["mount", "-o", "remount,size=64m", str(folder)], check=True)
     finally:
         subprocess.run(["umount", str(folder)], check=True)
 

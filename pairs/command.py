@@ -140,11 +140,18 @@ def make(
     ] = False,
     workers: Annotated[
         int,
-        typer.Option(min=0, help="Sampling processes; 0 for one per GPU, or per core where there is none."),
+        typer.Option(
+            min=0,
+            help="Sampling processes; 0: one per GPU, or one without, with --demo one per core.",
+        ),
     ] = 0,
     threads: Annotated[
-        int, typer.Option(min=1, help="Of the processor, per worker. Another number may change low bits.")
-    ] = 1,
+        int,
+        typer.Option(
+            min=0,
+            help="Of the processor, per worker: 0 for all, with --demo 1. Another number may change low bits.",
+        ),
+    ] = 0,
     address: Annotated[
         str | None, typer.Option(help="HOST:PORT of a Ray cluster; without it Ray starts here.")
     ] = None,
@@ -189,6 +196,7 @@ def make(
     store = Store(out)
     store.prepare()
     _same_settings(store, settings, filter, scores)
+    cores = os.cpu_count() or 1
     job = engine.Job(
         address=out,
         settings=settings,
@@ -197,10 +205,11 @@ def make(
         sampler=(
             functools.partial(samplers.StandIn, out, stand_in)
             if stand_in is not None
-            else functools.partial(samplers.ComfySampler, out, file, threads)
+            else functools.partial(samplers.ComfySampler, out, file, threads or (1 if demo else cores))
         ),
         scorer=functools.partial(_scorer, out, scores),
         workers=workers,
+        without_gpu=cores if file == samplers.DEMO and not address else 1,
         drop=drop_rejected,
         cluster=address,
     )

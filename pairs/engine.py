@@ -47,8 +47,8 @@ class Job:
 
     sampler, scorer: make the actors' objects, with `make(unit)` and `score(id, original, edited)`; scorer may
     be None. tries: of each row. drop: delete the images of tries that are not kept.
-    workers: sampling actors, 0 for one per GPU, or per core where there is none. order: units that go to an
-    actor together, 0 to choose by their number.
+    workers: sampling actors, 0 for one per GPU; without_gpu: so many where there is none. order: units that
+    go to an actor together, 0 to choose by their number.
     cluster: the address of a Ray cluster; None starts Ray here.
     """
 
@@ -59,6 +59,7 @@ class Job:
     sampler: Callable[[], Any]
     scorer: Callable[[], Any] | None
     workers: int = 0
+    without_gpu: int = 1
     drop: bool = False
     order: int = 0
     cluster: str | None = None
@@ -215,10 +216,8 @@ def _chunks(items: Iterable[tuple[Row, str]], size: int) -> Iterator[list[Row]]:
 
 def _workers(ray: Any, job: Job) -> tuple[int, float]:
     """How many sampling actors, and the share of a GPU that each gets."""
-    there = ray.cluster_resources()
-    gpus = there.get("GPU", 0.0)
-    cores = max(1, int(there["CPU"]) - 1) if job.cluster else os.cpu_count() or 1
-    workers = job.workers or int(gpus) or cores
+    gpus = ray.cluster_resources().get("GPU", 0.0)
+    workers = job.workers or int(gpus) or job.without_gpu
     return workers, min(1.0, gpus / workers)
 
 
@@ -336,7 +335,7 @@ def cluster(job: Job) -> Iterator[Any]:
         else:
             os.symlink(ROOT, Path(scratch, "p2p"))
             environment["env_vars"]["PYTHONPATH"] = scratch
-            cores = 2 * (job.workers or os.cpu_count() or 1) + 1  # what waits for an actor needs a place too
+            cores = 2 * (job.workers or os.cpu_count() or 1) + 1  # places, not processors
             where = {"num_cpus": cores, "include_dashboard": False}
         try:
             ray.init(**where, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR)

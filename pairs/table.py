@@ -21,6 +21,9 @@ SEEDS = 2**63
 SUFFIXES = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
+MORE_CELLS = "\0"
+
+
 class TableError(ValueError):
     """The table as a whole cannot be used."""
 
@@ -146,7 +149,7 @@ def _json_rows(path: str) -> Iterator[tuple[int, Any]]:
 
 def _csv_rows(path: str) -> Iterator[tuple[int, Any]]:
     with fsspec.open(path, "r", encoding="utf-8-sig", errors="replace", newline="") as file:
-        reader = csv.DictReader(file)
+        reader = csv.DictReader(file, restkey=MORE_CELLS)
         _check_columns(path, reader.fieldnames or [])
         while True:
             line = reader.line_num + 1
@@ -157,7 +160,7 @@ def _csv_rows(path: str) -> Iterator[tuple[int, Any]]:
             except csv.Error as error:
                 yield line, BadRow(line, str(error))
                 continue
-            extra = values.pop(None, None)  # type: ignore[call-overload]
+            extra = values.pop(MORE_CELLS, None)
             if extra is not None:
                 yield line, BadRow(line, f"has {len(extra)} cells more than the first line has names")
             else:
