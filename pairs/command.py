@@ -149,7 +149,7 @@ def make(
         int,
         typer.Option(
             min=0,
-            help="Of the processor, per worker: 0 for all, with --demo 1. Another number may change low bits.",
+            help="Processor threads per worker; 0 for all, with --demo 1. Another number may change low bits",
         ),
     ] = 0,
     address: Annotated[
