@@ -5,7 +5,8 @@ python benchmarks/pairs.py engine       a sampler that does nothing, over many r
 python benchmarks/pairs.py acceptance   how many rows have a pair after so many tries
 python benchmarks/pairs.py kills        kill drivers, workers and nodes at random moments, go on, compare
 
-Each prints its figures, and keeps them in output/pairs/NAME.json.
+Each prints its figures, and keeps them in output/pairs/NAME.json. Processor time is what a process and those
+that it started have used: other programs beside it do not change it.
 """
 
 from __future__ import annotations
@@ -84,20 +85,33 @@ def engine(options: argparse.Namespace) -> dict[str, Any]:
         Store(out).prepare()
         job = Job(out, Settings(), 1, Filter(least={}), Nothing, None, workers=1)
         begun: list[float] = []
+        ended = [0.0]
 
         def watch(counts: Counts, finished: int) -> None:
             if finished:
-                begun or begun.append(time.monotonic())
+                begun or begun.extend((time.monotonic(), processor()))
                 if counts.made % max(1, options.rows // 10) == 0:
                     figures["memory_mb"].append(memory())
+                    ended[0] = processor()
 
         run(job, read_table(str(table)), watch)
         figures["rows_a_second"] = round(options.rows / (time.monotonic() - begun[0]))
-        again = time.monotonic()
+        figures["processor_ms_a_row"] = round(1000 * (ended[0] - begun[1]) / options.rows, 3)
+        again, used = time.monotonic(), time.process_time()
         counts = run(job, read_table(str(table)))
         figures["resume_seconds"] = round(time.monotonic() - again, 1)
+        figures["resume_processor_seconds"] = round(time.process_time() - used, 1)
         assert counts.done_before == options.rows
     return figures
+
+
+def processor() -> float:
+    """Seconds of processor time of this process and those below it that live."""
+    import psutil
+
+    here = psutil.Process()
+    times = [safely(process.cpu_times) for process in (here, *here.children(recursive=True))]
+    return sum(each.user + each.system for each in times if each)
 
 
 def memory() -> int:
@@ -107,7 +121,7 @@ def memory() -> int:
 
 
 def speed(options: argparse.Namespace) -> dict[str, Any]:
-    """Pairs a minute once the model is loaded: a plain loop, one worker, two workers."""
+    """A plain loop, one and two workers, once the model is loaded: [pairs a minute, processor s a pair]."""
     with TemporaryDirectory() as scratch:
         table = write_table(Path(scratch, "table.jsonl"), options.rows)
         figures = {"pairs": options.rows * 2, "loop": plain_loop(Path(scratch, "loop"), table)}
@@ -131,7 +145,7 @@ def demo_job(out: Path, workers: int, clip: str | None = None, **settings: Any) 
     return Job(str(out), chosen, 2, Filter(least=least), make, partial(Scorer, str(out), clip), workers)
 
 
-def plain_loop(out: Path, table: Path) -> float:
+def plain_loop(out: Path, table: Path) -> list[float]:
     """The same sampling, writing and scoring without an engine, in a process of its own."""
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import time\n"
@@ -142,29 +156,32 @@ def plain_loop(out: Path, table: Path) -> float:
         "units = [u for row in read_table(sys.argv[3]) for u in expand(row, job.settings, 2)]\n"
         "for n, unit in enumerate(units):\n"
         "    sample_step(sampler, unit); score_step(scorer, unit)\n"
-        "    if n == 0: begun = time.monotonic()\n"
-        "print(60 * (len(units) - 1) / (time.monotonic() - begun))\n"
+        "    if n == 0: begun, used = time.monotonic(), time.process_time()\n"
+        "n = len(units) - 1\n"
+        "print(60 * n / (time.monotonic() - begun), (time.process_time() - used) / n)\n"
     )
     command = [sys.executable, "-c", code, str(ROOT / "benchmarks"), str(out), str(table)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    return round(float(done.stdout.split()[-1]), 1)
+    rate, used = map(float, done.stdout.split()[-2:])
+    return [round(rate, 1), round(used, 3)]
 
 
-def with_workers(out: Path, table: Path, workers: int) -> float:
+def with_workers(out: Path, table: Path, workers: int) -> list[float]:
     """From the first finished order of units to the last."""
     from p2p.pairs.engine import Counts, run
     from p2p.pairs.table import read_table
 
-    marks: list[tuple[float, int]] = []
+    marks: list[tuple[float, float, int]] = []
 
     def watch(counts: Counts, finished: int) -> None:
         if finished:
-            marks.append((time.monotonic(), counts.made))
+            marks.append((time.monotonic(), processor(), counts.made))
 
     run(demo_job(out, workers), read_table(str(table)), watch)
-    (begun, first), (ended, last) = marks[0], marks[-1]
-    return round(60 * (last - first) / (ended - begun), 1)
+    (begun, before, first), (ended, after, last) = marks[0], marks[-1]
+    pairs = last - first
+    return [round(60 * pairs / (ended - begun), 1), round((after - before) / pairs, 3)]
 
 
 def acceptance(options: argparse.Namespace) -> dict[str, Any]:

@@ -54,7 +54,12 @@ def run(*command: str, code: int = 0, **options: Any) -> subprocess.CompletedPro
 def started(*command: str) -> Iterator[subprocess.Popen]:
     """A command in a session of its own, which ends with the block."""
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored below some shells
     )
     try:
         yield process
