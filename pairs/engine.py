@@ -31,7 +31,7 @@ from .tries import Settings, expand, row_id
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ("attention", "sampling", "demo", "pairs", "tools")
 """The folders that other machines get."""
-PATIENCE = {"RAY_raylet_start_wait_time_s": "180", "RAY_worker_register_timeout_seconds": "600"}
+PATIENCE = {"RAY_raylet_start_wait_time_s": "600", "RAY_worker_register_timeout_seconds": "600"}
 """Seconds that a Ray started here waits for its processes; by default it gives up on a busy machine."""
 FLUSH = 5.0
 """Seconds from a finished row to its line."""
@@ -237,7 +237,9 @@ def _pipeline(ray: Any, job: Job, chunks: list[Any], tries: int) -> Any:
         for at in range(0, len(units), size):
             yield {"order": [json.dumps(units[at : at + size])]}
 
-    data = ray.data.from_arrow_refs(chunks).map_batches(plan, batch_size=None, num_cpus=0.1)
+    data = ray.data.from_arrow_refs(chunks).map_batches(
+        plan, batch_size=None, num_cpus=0.1, compute=ray.data.TaskPoolStrategy(size=1)
+    )
     stages = [(job.sampler, sample_step, 0.9)]
     if job.scorer is not None:
         stages.append((job.scorer, score_step, 0.1))
