@@ -5,7 +5,7 @@ GPU_PYTHON = $(firstword $(wildcard $(VENV)/python) $(PYTHON))
 PORT ?= 8188
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo serve test lint format host-path test-gpu bench bench-gpu bench-inversion bench-quality bench-soak bench-speed train-demo thumbnails node-pictures icon clean
+.PHONY: help env demo serve test lint format host-path test-gpu bench bench-gpu bench-inversion bench-pairs bench-quality bench-soak bench-speed pairs train-demo thumbnails node-pictures icon clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -55,8 +55,16 @@ bench-soak: env  ## hundreds of prompts on a real server, for docs/benchmarks.md
 bench-inversion: env  ## edit pictures by every method and inversion; figures into docs/inversion.* (minutes)
 	@$(VENV)/python benchmarks/inversion.py $(ARGS)
 
-train-demo: env  ## train the bundled model from nothing (hours; resumes where it stopped)
+pairs: env  ## a small training set of edited pairs on the bundled model, and output/pairs/example/report.html
+	@$(VENV)/python pairs make pairs/example.jsonl --out output/pairs/example --demo $(ARGS)
+	@$(VENV)/python pairs report output/pairs/example
+
+bench-pairs: env  ## what the engine of pairs costs, how it scales, kills at random moments (an hour)
+	@for part in engine speed acceptance kills; do $(VENV)/python benchmarks/pairs.py $$part || exit 1; done
+
+train-demo: env  ## train the bundled model and its CLIP from nothing (hours; resumes where it stopped)
 	@COMFYUI_PATH="$$($(PYTHON) tools/env.py --host-path)" $(VENV)/python -m demo.train $(ARGS)
+	@$(VENV)/python -m demo.train_clip
 
 node-pictures: env  ## redraw the pictures on the nodes' help pages
 	@$(VENV)/python -m tools.node_pictures

@@ -14,6 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ..attention.edit import Edit
+from ..pairs import fields
 from ..sampling.choices import writes_metadata
 from .types import CATEGORY, edit_input
 
@@ -55,7 +56,8 @@ class SavePairs(io.ComfyNode):
                 ),
             ],
             outputs=[],
-            is_output_node=True,  # the host adds the hidden inputs `prompt` and `extra_pnginfo`
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id],
+            is_output_node=True,
         )
 
     @classmethod
@@ -63,7 +65,10 @@ class SavePairs(io.ComfyNode):
         cls, edit: Edit, source: Tensor, targets: Tensor, filename_prefix: str, instruction: str = ""
     ) -> io.NodeOutput:
         instructions = instructions_of(edit, instruction)
-        saved = save_pairs(edit, source, targets, filename_prefix, instructions, _png_metadata(cls.hidden))
+        known = settings_of(getattr(cls.hidden, "prompt", None), getattr(cls.hidden, "unique_id", None))
+        saved = save_pairs(
+            edit, source, targets, filename_prefix, instructions, _png_metadata(cls.hidden), known
+        )
         return io.NodeOutput(ui=ui.SavedImages(saved))
 
 
@@ -91,6 +96,7 @@ def save_pairs(
     prefix: str,
     instructions: list[str],
     metadata: PngInfo | None = None,
+    known: dict[str, Any] | None = None,
 ) -> list[ui.SavedResult]:
     """Write the pictures as NAME_NUMBER_source.png, NAME_NUMBER_target1.png ..., then a line for each pair.
 
@@ -98,9 +104,11 @@ def save_pairs(
         values 0 to 1.
     prefix: folder and NAME below the host's output folder, as the host reads it.
     instructions: one for each of the n targets.
+    known: settings of the run, by the names of `pairs.fields`.
 
-    A line's fields are those of the data set timbrooks/instructpix2pix-clip-filtered; the library `datasets`
-    turns the fields `*_file_name` into columns of pictures. No file is written over. The lines of a call are
+    A line has the columns of `pairs.fields`, null where nothing is known: first those of the data set
+    timbrooks/instructpix2pix-clip-filtered. The library `datasets` turns the fields `*_file_name` into
+    columns of pictures. No file is written over. The lines of a call are
     appended at once and last: whenever the host ends, every line's pictures are there.
 
     Raises ValueError for other numbers of pictures, before anything is written.
@@ -125,14 +133,19 @@ def save_pairs(
         for file, picture in zip(files, pictures, strict=True):
             picture.save(file, pnginfo=metadata, compress_level=4)  # the host's level
         names += [file.name for file in files]
+        run = {**(known or {}), "batch": len(sources), "item": item, "width": width, "height": height}
         lines += [
-            {
-                "original_prompt": edit.source.text,
-                "edit_prompt": instruction,
-                "edited_prompt": target.text,
-                "original_image_file_name": files[0].name,
-                "edited_image_file_name": file.name,
-            }
+            fields.line(
+                {
+                    **run,
+                    "id": file.stem,
+                    "original_prompt": edit.source.text,
+                    "edit_prompt": instruction,
+                    "edited_prompt": target.text,
+                    "original_image_file_name": files[0].name,
+                    "edited_image_file_name": file.name,
+                }
+            )
             for target, instruction, file in zip(edit.targets, instructions, files[1:], strict=True)
         ]
     _append(Path(folder, METADATA), lines)
@@ -160,7 +173,7 @@ def _new_files(folder: Path, name: str, number: int, targets: int) -> tuple[int,
         number += 1
 
 
-def _append(path: Path, lines: list[dict[str, str]]) -> None:
+def _append(path: Path, lines: list[dict[str, Any]]) -> None:
     """Add lines of JSON in one write; a last line that was left without its end is ended first."""
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     with path.open("a+b") as file:
@@ -169,6 +182,47 @@ def _append(path: Path, lines: list[dict[str, str]]) -> None:
             if file.read(1) != b"\n":
                 text = "\n" + text
         file.write(text.encode())
+
+
+INPUTS = {
+    "seed": ("seed", "noise_seed"),
+    "steps": ("steps",),
+    "cfg": ("cfg",),
+    "sampler": ("sampler_name",),
+    "scheduler": ("scheduler",),
+    "cross_end": ("cross_end",),
+    "self_end": ("self_end",),
+    "self_resolution": ("self_resolution",),
+    "blend_words": ("words",),
+    "blend_source_words": ("source_words",),
+    "model": ("ckpt_name", "unet_name"),
+}
+"""Columns, and the inputs of nodes that tell them."""
+ONLY_IN = {"blend_words": "P2PLocalBlend", "blend_source_words": "P2PLocalBlend"}
+"""Columns whose input has a name that inputs of other nodes have too."""
+
+
+def settings_of(prompt: dict[str, Any] | None, node: str | None) -> dict[str, Any]:
+    """What the graph says of the run that made a node's pictures: column -> value.
+
+    Each is from the nearest node before that one which has such an input; a wired input tells nothing.
+    prompt: the graph as it was queued, id -> node. node: the id of Save Pairs.
+    """
+    found: dict[str, Any] = {}
+    wave, seen = [str(node)], {str(node)}
+    while wave and prompt:
+        following = []
+        for each in (prompt[name] for name in wave if name in prompt):
+            inputs, kind = each.get("inputs", {}), each.get("class_type")
+            for column, names in INPUTS.items():
+                given = [inputs[name] for name in names if not isinstance(inputs.get(name, []), list)]
+                if given and column not in found and ONLY_IN.get(column, kind) == kind:
+                    found[column] = given[0]
+            links = [str(value[0]) for value in inputs.values() if isinstance(value, list) and value]
+            following += [link for link in dict.fromkeys(links) if link not in seen]
+            seen.update(links)
+        wave = following
+    return found
 
 
 def _png_metadata(hidden: Any) -> PngInfo | None:

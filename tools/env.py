@@ -107,7 +107,7 @@ def build_host() -> Path:
 
 
 def requirements(host: Path) -> list[str]:
-    """What `.venv` holds: torch, the host's requirements, and this pack's `dev` and `train` extras."""
+    """What `.venv` holds: torch, the host's requirements, and this pack's extras."""
     lines = [line.split("#")[0].strip() for line in (host / "requirements.txt").read_text().splitlines()]
     return sorted({"torch", "torchvision", "requests", *filter(None, lines), *extras()})
 
@@ -118,7 +118,7 @@ def extras() -> list[str]:
     except ModuleNotFoundError:  # Python 3.10
         from pip._vendor import tomli as tomllib  # type: ignore[no-redef]
     groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    return [*groups["dev"], *groups["train"]]
+    return [*groups["dev"], *groups["train"], *groups["pairs"]]
 
 
 def make_venv() -> None:

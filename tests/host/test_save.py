@@ -12,6 +12,8 @@ import pytest
 import torch
 from comfy.cli_args import args
 from p2p.nodes import SavePairs
+from p2p.nodes.save import settings_of
+from p2p.pairs.fields import COLUMNS
 from p2p.tests.host.runs import SOURCE, TARGET
 from PIL import Image
 
@@ -74,7 +76,9 @@ def test_each_line_has_the_pictures_and_prompts_of_its_pair(studio, output, item
     pairs = [(item, n) for item in range(items) for n in range(count)]
     assert len(lines) == len(pairs)
     for line, (item, n) in zip(lines, pairs, strict=True):
-        assert list(line) == FIELDS
+        assert list(line) == list(COLUMNS) and list(line)[:5] == FIELDS
+        assert (line["batch"], line["item"], line["seed"]) == (items, item, None)
+        assert (line["width"], line["height"]) == (10, 12)
         assert line["original_prompt"] == SOURCE and line["edited_prompt"] == TARGETS[n]
         assert line["edit_prompt"] == f"edit {n}"
         assert line["edited_image_file_name"].endswith(f"_target{n + 1}.png")
@@ -82,6 +86,7 @@ def test_each_line_has_the_pictures_and_prompts_of_its_pair(studio, output, item
         np.testing.assert_array_equal(found, quantised(source[item]))
         found = read(output / "pairs" / line["edited_image_file_name"])
         np.testing.assert_array_equal(found, quantised(targets[item * count + n]))
+    assert len({line["id"] for line in lines}) == len(lines)
     named = {line[key] for line in lines for key in FIELDS[3:]}
     assert len(named) == items * (1 + count)  # a source is written once, for all of its targets
     assert {path.name for path in (output / "pairs").iterdir()} == named | {"metadata.jsonl"}
@@ -284,7 +289,7 @@ def test_the_library_datasets_finds_both_pictures_and_all_texts(studio, output, 
     files = {"train": str(output / "pairs" / "**")}
     cache = str(output.parent / "cache")
     rows = datasets.load_dataset("imagefolder", data_files=files, cache_dir=cache, split="train")
-    assert rows.column_names == [field.removesuffix("_file_name") for field in FIELDS]
+    assert rows.column_names == [field.removesuffix("_file_name") for field in COLUMNS]
     assert rows["edit_prompt"][:] == ["", ""] * 2 + ["one", "two"] * 2
     expected = [
         (source[item], targets[2 * item + n])
@@ -295,3 +300,27 @@ def test_the_library_datasets_finds_both_pictures_and_all_texts(studio, output, 
     for row, pair in zip(rows, expected, strict=True):
         for name, picture in zip(("original_image", "edited_image"), pair, strict=True):
             np.testing.assert_array_equal(np.asarray(row[name]), quantised(picture))
+
+
+def test_the_settings_of_a_run_are_those_of_the_nearest_nodes_before(studio):
+    wired = {"model": ["1", 0], "tau": ["2", 0], "blend": ["3", 0], "steps": ["9", 0]}
+    graph = {
+        "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "sd15.safetensors"}},
+        "2": {"class_type": "P2PTauScheduler", "inputs": {"cross_end": 0.7, "self_end": 0.3, "words": "x"}},
+        "3": {"class_type": "P2PLocalBlend", "inputs": {"words": "dog", "source_words": "cat"}},
+        "4": {"class_type": "P2PSampler", "inputs": {**wired, "seed": 7, "cfg": 4.0}},
+        "5": {"class_type": "VAEDecode", "inputs": {"samples": ["4", 0], "vae": ["1", 2]}},
+        "6": {"class_type": "P2PSavePairs", "inputs": {"source": ["5", 0], "instruction": ""}},
+        "8": {"class_type": "KSampler", "inputs": {"seed": 1, "steps": 99}},
+    }
+    expected = {
+        "seed": 7,
+        "cfg": 4.0,
+        "cross_end": 0.7,
+        "self_end": 0.3,
+        "blend_words": "dog",
+        "blend_source_words": "cat",
+        "model": "sd15.safetensors",
+    }
+    assert settings_of(graph, "6") == expected
+    assert settings_of(None, None) == {}

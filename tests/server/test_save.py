@@ -82,7 +82,7 @@ def test_two_clients_fill_one_set_and_every_line_has_the_pictures_of_its_pair(se
                 own = output / "two" / line["original_image_file_name"]
                 assert same(own, stock / f"source_{item + 1:05}_.png")
                 text = Image.open(own).text
-                assert json.loads(text["prompt"])["sample"]["inputs"]["seed"] == seed
+                assert line["seed"] == json.loads(text["prompt"])["sample"]["inputs"]["seed"] == seed
                 assert json.loads(text["workflow"]) == {"id": f"client {seed % 2}"}
                 own = output / "two" / line["edited_image_file_name"]
                 assert same(own, stock / f"targets_{2 * item + n + 1:05}_.png")

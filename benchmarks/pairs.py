@@ -1,0 +1,363 @@
+"""Pairs at scale: what the engine costs, how it scales, and whether kills at random moments leave a trace.
+
+python benchmarks/pairs.py speed        pairs a minute against a plain loop, and with two workers
+python benchmarks/pairs.py engine       a sampler that does nothing, over many rows; then the same again
+python benchmarks/pairs.py acceptance   how many rows have a pair after so many tries
+python benchmarks/pairs.py kills        kill drivers, workers and nodes at random moments, go on, compare
+
+Each prints its figures, and keeps them in output/pairs/NAME.json. Processor time is what a process and those
+that it started have used: other programs beside it do not change it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from pack import ROOT, load_pack
+
+OUT = ROOT / "output" / "pairs"
+MAKE = [sys.executable, str(ROOT / "pairs"), "make"]
+EDITS = (
+    ("a cat riding a bicycle", "turn the bicycle into a car", "a cat riding a car"),
+    ("a castle on a mountain", "make it snow", "a castle on a snowy mountain"),
+    ("a red house in a field", "paint it blue", "a blue house in a field"),
+    ("a dog on a beach", "make it an elephant", "an elephant on a beach"),
+)
+
+
+def edits(count: int) -> Iterator[dict[str, Any]]:
+    for n in range(count):
+        names = ("original_prompt", "edit_prompt", "edited_prompt")
+        yield {**dict(zip(names, EDITS[n % len(EDITS)], strict=True)), "seed": 1000 * n}
+
+
+def write_table(path: Path, count: int, unreadable: int | None = None) -> Path:
+    """unreadable: the line that is no JSON."""
+    with path.open("w") as file:
+        for n, row in enumerate(edits(count), 1):
+            file.write("{unreadable\n" if n == unreadable else json.dumps(row) + "\n")
+    return path
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Every file of a set, but the tool's own, with its hash."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and ".pairs" not in path.parts
+    }
+
+
+class Nothing:
+    """Samples nothing and writes nothing."""
+
+    def make(self, unit: dict[str, Any]) -> None:
+        pass
+
+
+def engine(options: argparse.Namespace) -> dict[str, Any]:
+    """Rate over many rows of one try, memory of this process, and the time of a run that finds all done."""
+    from p2p.pairs.engine import Counts, Job, run
+    from p2p.pairs.select import Filter
+    from p2p.pairs.table import read_table
+    from p2p.pairs.tries import Settings
+
+    figures: dict[str, Any] = {"rows": options.rows, "memory_mb": []}
+    with TemporaryDirectory() as scratch:
+        from p2p.pairs.store import Store
+
+        out, table = f"{scratch}/set", write_table(Path(scratch, "table.jsonl"), options.rows)
+        Store(out).prepare()
+        job = Job(out, Settings(), 1, Filter(least={}), Nothing, None, workers=1)
+        begun: list[float] = []
+        ended = [0.0]
+
+        def watch(counts: Counts, finished: int) -> None:
+            if finished:
+                begun or begun.extend((time.monotonic(), processor()))
+                if counts.made % max(1, options.rows // 10) == 0:
+                    figures["memory_mb"].append(memory())
+                    ended[0] = processor()
+
+        run(job, read_table(str(table)), watch)
+        figures["rows_a_second"] = round(options.rows / (time.monotonic() - begun[0]))
+        figures["processor_ms_a_row"] = round(1000 * (ended[0] - begun[1]) / options.rows, 3)
+        again, used = time.monotonic(), time.process_time()
+        counts = run(job, read_table(str(table)))
+        figures["resume_seconds"] = round(time.monotonic() - again, 1)
+        figures["resume_processor_seconds"] = round(time.process_time() - used, 1)
+        assert counts.done_before == options.rows
+    return figures
+
+
+def processor() -> float:
+    """Seconds of processor time of this process and those below it that live."""
+    import psutil
+
+    here = psutil.Process()
+    times = [safely(process.cpu_times) for process in (here, *here.children(recursive=True))]
+    return sum(each.user + each.system for each in times if each)
+
+
+def memory() -> int:
+    """MB that this process holds now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() // 2**20
+
+
+def speed(options: argparse.Namespace) -> dict[str, Any]:
+    """A plain loop, one and two workers, once the model is loaded: [pairs a minute, processor s a pair]."""
+    with TemporaryDirectory() as scratch:
+        table = write_table(Path(scratch, "table.jsonl"), options.rows)
+        figures = {"pairs": options.rows * 2, "loop": plain_loop(Path(scratch, "loop"), table)}
+        for workers in (1, 2):
+            figures[f"workers_{workers}"] = with_workers(Path(scratch, str(workers)), table, workers)
+    return figures
+
+
+def demo_job(out: Path, workers: int, clip: str | None = None, **settings: Any) -> Any:
+    from p2p.pairs import samplers
+    from p2p.pairs.engine import Job
+    from p2p.pairs.scores import Scorer
+    from p2p.pairs.select import Filter
+    from p2p.pairs.store import Store
+    from p2p.pairs.tries import Settings
+
+    Store(str(out)).prepare()
+    chosen = Settings(cfg=(4.0, 4.0), steps=20, width=128, height=128, **settings)
+    make = partial(samplers.ComfySampler, str(out), samplers.DEMO, 1)
+    least = {} if clip is None else Filter().least
+    return Job(str(out), chosen, 2, Filter(least=least), make, partial(Scorer, str(out), clip), workers)
+
+
+def plain_loop(out: Path, table: Path) -> list[float]:
+    """The same sampling, writing and scoring without an engine, in a process of its own."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import time\n"
+        "from pathlib import Path\nfrom pairs import demo_job, load_pack\nload_pack()\n"
+        "from p2p.pairs.engine import sample_step, score_step\nfrom p2p.pairs.table import read_table\n"
+        "from p2p.pairs.tries import expand\n"
+        "job = demo_job(Path(sys.argv[2]), 1)\nsampler, scorer = job.sampler(), job.scorer()\n"
+        "units = [u for row in read_table(sys.argv[3]) for u in expand(row, job.settings, 2)]\n"
+        "for n, unit in enumerate(units):\n"
+        "    sample_step(sampler, unit); score_step(scorer, unit)\n"
+        "    if n == 0: begun, used = time.monotonic(), time.process_time()\n"
+        "n = len(units) - 1\n"
+        "print(60 * n / (time.monotonic() - begun), (time.process_time() - used) / n)\n"
+    )
+    command = [sys.executable, "-c", code, str(ROOT / "benchmarks"), str(out), str(table)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    rate, used = map(float, done.stdout.split()[-2:])
+    return [round(rate, 1), round(used, 3)]
+
+
+def with_workers(out: Path, table: Path, workers: int) -> list[float]:
+    """From the first finished order of units to the last."""
+    from p2p.pairs.engine import Counts, run
+    from p2p.pairs.table import read_table
+
+    marks: list[tuple[float, float, int]] = []
+
+    def watch(counts: Counts, finished: int) -> None:
+        if finished:
+            marks.append((time.monotonic(), processor(), counts.made))
+
+    run(demo_job(out, workers), read_table(str(table)), watch)
+    (begun, before, first), (ended, after, last) = marks[0], marks[-1]
+    pairs = last - first
+    return [round(60 * pairs / (ended - begun), 1), round((after - before) / pairs, 3)]
+
+
+def acceptance(options: argparse.Namespace) -> dict[str, Any]:
+    """Shares of rows with a kept pair and of tries that pass, by number of tries; the bundled model."""
+    from p2p.pairs.command import BUNDLED_CLIP
+    from p2p.pairs.engine import run
+    from p2p.pairs.select import Filter
+    from p2p.pairs.store import Store
+    from p2p.pairs.table import read_table
+
+    with TemporaryDirectory() as scratch:
+        table = write_table(Path(scratch, "table.jsonl"), options.rows)
+        out = Path(scratch, "set")
+        job = replace(
+            demo_job(out, os.cpu_count() or 1, str(BUNDLED_CLIP), cross_end=(0.2, 0.9)), tries=options.tries
+        )
+        run(job, read_table(str(table)))
+        rows = list(Store(str(out)).rows())
+    passed = [[not Filter().reasons(values) for values in row["tries"]] for row in rows]
+    counts = [n for n in (1, 2, 4, 8, 16, 32) if n <= options.tries]
+    return {
+        "rows": len(rows),
+        "tries_that_pass": round(sum(map(sum, passed)) / sum(map(len, passed)), 3),
+        "rows_with_a_pair": {n: round(sum(any(row[:n]) for row in passed) / len(rows), 3) for n in counts},
+    }
+
+
+VICTIMS = ("driver", "worker", "node", "disk")
+
+
+def kills(options: argparse.Namespace) -> dict[str, Any]:
+    """Rounds of a run in which something dies at a random moment, and a run that nobody disturbs.
+
+    driver: SIGKILL to the command. worker: to one of the processes that Ray started for it. node: a cluster
+    of three nodes loses one. disk: the folder has room for a part of the set. Raises AssertionError if a set
+    is not, byte for byte, the one of a run that was never disturbed.
+    """
+    r = random.Random(options.seed)
+    figures: dict[str, Any] = {"rounds": 0, "went_on_by_themselves": 0, "files": 0}
+    figures["struck"] = dict.fromkeys(VICTIMS, 0)
+    with TemporaryDirectory() as scratch:
+        table = write_table(Path(scratch, "table.jsonl"), options.rows, unreadable=options.rows // 2)
+        whole = Path(scratch, "whole")
+        ended(command(table, whole))
+        expected = digests(whole)
+        figures["files"] = len(expected)
+        for number in range(options.rounds):
+            out = Path(scratch, str(number))
+            victim = options.victim or VICTIMS[number % len(VICTIMS)]
+            with disk(out, small=victim == "disk") as grow:
+                struck, code = disturbed(table, out, victim, r)
+                there = len(list(out.rglob("*_1.png")))
+                grow()
+                ended(command(table, out))
+                found = digests(out)
+            names = {name for name in {*found, *expected} if found.get(name) != expected.get(name)}
+            assert not names, f"round {number}, {victim}: {len(names)} files differ: {sorted(names)[:5]}"
+            figures["rounds"] += 1
+            figures["struck"][victim] += struck
+            figures["went_on_by_themselves"] += struck and code == 0
+            print(f"round {number}: {victim}, {there} targets there then, all as undisturbed", flush=True)
+    return figures
+
+
+def command(table: Path, out: Path, *more: str) -> list[str]:
+    size = ["--width", "32", "--height", "32", "--tries", "3", "--keep", "2", "--workers", "2"]
+    return [*MAKE, str(table), "--out", str(out), "--stand-in", "0.05", *size, *more]
+
+
+def ended(run: list[str]) -> int:
+    """Run to the end; its code."""
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.returncode
+
+
+def disturbed(table: Path, out: Path, victim: str, r: random.Random) -> tuple[bool, int]:
+    """A run that is struck at a random moment after sampling began: whether it was, and the run's code."""
+    if victim == "node":
+        with nodes() as (address, lose):
+            return struck_in(command(table, out, "--address", address), out, r, lambda _: lose())
+    if victim == "disk":
+        done = subprocess.run(command(table, out), capture_output=True, text=True)
+        assert done.returncode == 1 and "No space left" in done.stderr.splitlines()[-1], done.stderr
+        return True, 1
+    return struck_in(command(table, out), out, r, partial(kill, victim, r))
+
+
+def struck_in(
+    run: list[str], out: Path, r: random.Random, strike: Callable[[subprocess.Popen], bool]
+) -> tuple[bool, int]:
+    process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(out.rglob("*_1.png")):
+        time.sleep(0.1)
+    time.sleep(r.uniform(0, 4))
+    struck = process.poll() is None and strike(process)
+    return struck, process.wait(timeout=1800)
+
+
+def kill(victim: str, r: random.Random, process: subprocess.Popen) -> bool:
+    import psutil
+
+    if victim == "driver":
+        process.kill()
+        return True
+    children = psutil.Process(process.pid).children(recursive=True)
+    found = [child for child in children if "ray::MapWorker" in " ".join(safely(child.cmdline)[:1])]
+    if found:
+        r.choice(found).kill()
+    return bool(found)
+
+
+@contextmanager
+def disk(folder: Path, small: bool) -> Iterator[Callable[[], object]]:
+    """If small, a file system of 300 kB as the folder, for root on Linux; a function that makes it larger."""
+    if not small:
+        yield lambda: None
+        return
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)], check=True)
+    try:
+        yield lambda: subprocess.run(["mount", "-o", "remount,size=64m", str(folder)], check=True)
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def safely(read: Callable[[], Any]) -> Any:
+    import psutil
+
+    try:
+        return read()
+    except psutil.Error:
+        return ""
+
+
+@contextmanager
+def nodes() -> Iterator[tuple[str, Callable[[], bool]]]:
+    """A Ray cluster of three nodes on this machine: its address, and a function that ends one of them."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    others = [cluster.add_node(num_cpus=2) for _ in range(2)]
+
+    def lose() -> bool:
+        cluster.remove_node(others.pop(), allow_graceful=False)
+        return True
+
+    try:
+        yield cluster.address, lose
+    finally:
+        cluster.shutdown()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parts = parser.add_subparsers(dest="part", required=True)
+    for name, rows in (("speed", 20), ("engine", 100_000), ("acceptance", 24), ("kills", 40)):
+        part = parts.add_parser(name)
+        part.add_argument("--rows", type=int, default=rows)
+        if name == "acceptance":
+            part.add_argument("--tries", type=int, default=16)
+        if name == "kills":
+            part.add_argument("--rounds", type=int, default=20)
+            part.add_argument("--seed", type=int, default=0)
+            part.add_argument("--victim", choices=VICTIMS)
+    options = parser.parse_args()
+    load_pack()
+    figures = {"speed": speed, "engine": engine, "acceptance": acceptance, "kills": kills}[options.part](
+        options
+    )
+    OUT.mkdir(parents=True, exist_ok=True)
+    (OUT / f"{options.part}.json").write_text(json.dumps(figures, indent=1) + "\n")
+    print(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()
