@@ -82,7 +82,7 @@ def test_a_unit_that_lost_a_file_is_made_again_bit_for_bit(sampler: ComfySampler
 
 def test_a_blend_keeps_what_is_outside_of_its_mask(sampler: ComfySampler) -> None:
     row = replace(ROW, options={"blend_words": "dog", "blend_source_words": "cat"})
-    (unit,) = expand(row, SETTINGS, 1)
+    (unit,) = expand(row, replace(SETTINGS, width=128, height=128, steps=6), 1)
     sampler.make(unit)
     scores = Scorer(sampler.store.address, None).score(unit["ids"][0], "", "")
     assert Path(sampler.store.path(image_names(unit["ids"][0])[2])).exists()
