@@ -73,8 +73,8 @@ class Bench:
         from p2p.sampling.reuse import Keep
 
         handle = MapsHandle(wanted=maps)
-        parts = {"blend": blend, "trajectory": trajectory, "maps": handle, "keep": Keep(reuse)}
-        model, positive = control(self.model.patcher, edit, tau, **parts)
+        parts: dict[str, Any] = {"blend": blend, "trajectory": trajectory, "keep": Keep(reuse)}
+        model, positive = control(self.model.patcher, edit, tau, maps=handle, **parts)
         return Variant(model, positive, edit.branches, handle)
 
     def built(self, edit: Any, tau: Any) -> Variant:

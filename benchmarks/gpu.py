@@ -42,6 +42,7 @@ def edits_table(bench: Bench, title: str, size: int, plan: Plan) -> str:
         counted = 4
         waits = len(bench.waits(variants[name], size, counted)) / (counted - 1)
         reads = statistics.mean(bench.reads(variants[name], size, counted))
+        assert one.memory is not None
         lines.append(
             f"| {name} | {one.seconds * 1000:.2f} | {one.ratio:.3f} | {one.spread} | {one.memory:.3f} "
             f"| {waits:g} | {reads:g} |"

@@ -59,9 +59,11 @@ def waits(device: torch.device) -> Iterator[list[str]]:
         return
     places: list[str] = []
 
-    def note(message: Any, category: Any, filename: str, line: int, *_: Any) -> None:
+    def note(
+        message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None
+    ) -> None:
         if "synchronizing CUDA operation" in str(message):
-            places.append(f"{filename}:{line}")
+            places.append(f"{filename}:{lineno}")
 
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
