@@ -141,7 +141,8 @@ def region_mask(
 
     def mask_of(region: Region, pool: bool) -> Tensor:
         columns = [tokens[region.branch].index(token) for token in region.tokens]
-        total = maps[:, region.branch, columns].sum(1, keepdim=True)
+        each = [maps[:, region.branch, column] for column in columns]  # no list of indices to upload
+        total = torch.stack(each, dim=1).sum(1, keepdim=True)
         if pool:
             total = F.max_pool2d(total, 3, stride=1, padding=1)
         total = F.interpolate(total, size, mode="bilinear", align_corners=False)

@@ -153,7 +153,8 @@ def self_step(rows: Rows, weights: Sequence[float], dtype: torch.dtype) -> SelfS
     """rows: of the targets whose weight is above 0. weights: one for each target, from 0 to 1."""
     if all(weight in (0.0, 1.0) for weight in weights):
         return SelfStep(rows, None)
-    table = torch.tensor(weights, dtype=torch.float64).to(dtype).to(rows.branch.device)
+    table = torch.tensor(weights, dtype=torch.float64).to(dtype)
+    table = table.to(rows.branch.device, non_blocking=True)
     return SelfStep(rows, table.index_select(0, rows.branch))
 
 

@@ -32,8 +32,12 @@ class MapStep:
     shared: bool
 
     def to(self, device: torch.device, dtype: torch.dtype) -> MapStep:
-        second = None if self.second is None else self.second.to(dtype).to(device)
-        return MapStep(self.first.to(dtype).to(device), second, self.shared)
+        first, second = (
+            None if table is None else table.to(dtype).to(device, non_blocking=True)
+            for table in (self.first, self.second)
+        )
+        assert first is not None
+        return MapStep(first, second, self.shared)
 
 
 @dataclass(frozen=True, eq=False)

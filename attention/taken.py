@@ -34,7 +34,7 @@ class CrossStep:
         return self._each(lambda table: table.index_select(0, branch))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> CrossStep:
-        return self._each(lambda table: table.to(dtype).to(device))
+        return self._each(lambda table: table.to(dtype).to(device, non_blocking=True))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> CrossStep:
         return CrossStep(

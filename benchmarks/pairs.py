@@ -89,7 +89,8 @@ def engine(options: argparse.Namespace) -> dict[str, Any]:
 
         def watch(counts: Counts, finished: int) -> None:
             if finished:
-                begun or begun.extend((time.monotonic(), processor()))
+                if not begun:
+                    begun.extend((time.monotonic(), processor()))
                 if counts.made % max(1, options.rows // 10) == 0:
                     figures["memory_mb"].append(memory())
                     ended[0] = processor()

@@ -191,7 +191,7 @@ def make(
     )
     rows = _checked(table)
     file = samplers.DEMO if demo else str(checkpoint.resolve()) if checkpoint else ""
-    settings = replace(settings, **_model(file))
+    settings = replace(settings, **_model(file))  # type: ignore[arg-type]
     out = out if "://" in out else str(Path(out).resolve())
     store = Store(out)
     store.prepare()

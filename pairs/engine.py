@@ -240,6 +240,7 @@ def _pipeline(ray: Any, job: Job, chunks: list[Any], tries: int) -> Any:
     data = ray.data.from_arrow_refs(chunks).map_batches(
         plan, batch_size=None, num_cpus=0.1, compute=ray.data.TaskPoolStrategy(size=1)
     )
+    stages: list[tuple[Callable[[], Any], Callable[[Any, dict[str, Any]], None], float]]
     stages = [(job.sampler, sample_step, 0.9)]
     if job.scorer is not None:
         stages.append((job.scorer, score_step, 0.1))

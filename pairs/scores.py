@@ -133,7 +133,7 @@ class Scorer:
         assert source is not None and target is not None
         region = None if mask is None else np.asarray(mask.convert("L").resize(source.size, 0)) > 127
         pixels = [np.asarray(image, np.float64) / 255 for image in (source, target)]
-        found = changes(*pixels, region)
+        found = changes(pixels[0], pixels[1], region)
         if self.clip is not None:
             texts = np.stack([self.clip.text(original_prompt), self.clip.text(edited_prompt)])
             found |= similarities(self.clip.images([source, target]), texts)

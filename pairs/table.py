@@ -98,7 +98,8 @@ def _row(line: int, values: dict[str, Any]) -> Row | BadRow:
     except ValueError as error:
         return BadRow(line, str(error))
     more = {name: value for name, value in values.items() if name not in (*PROMPTS, *OPTIONS)}
-    return Row(line, *prompts, options, more)
+    original, edit, edited = prompts
+    return Row(line, original, edit, edited, options, more)
 
 
 def _prompt(values: dict[str, Any], name: str) -> str:

@@ -83,6 +83,6 @@ class _Blend(Guest):
                 dim=1,
             )
         if self.blend.mask is not None:
-            given = self.blend.mask.to(mask)
+            given = self.blend.mask.to(mask, non_blocking=True)
             mask = mask * F.interpolate(given[:, None], size, mode="bilinear", align_corners=False)
         return mask

@@ -17,6 +17,7 @@ from ..attention.inject import Attention
 from ..attention.maps import MapRows, MapStep, Tokens, map_rows, map_step, token_columns, token_maps
 from ..attention.taken import CrossStep, Taken
 from ..attention.word_maps import WordMaps, nearest
+from .host_memory import to_host
 from .network import Layer, Layers, of_kind
 from .run import Call, Guest, Run, Start
 
@@ -80,7 +81,7 @@ class MapReader:
 
     def _flush(self) -> None:
         for scale, (total, count) in self._now.items():
-            self._steps.setdefault(scale, {})[self._step] = (total / count).cpu()
+            self._steps.setdefault(scale, {})[self._step] = to_host(total / count)
         self._now.clear()
 
     def total(self) -> Tensor | None:

@@ -166,10 +166,10 @@ class _Follower(Guest):
     def step(self, x: Tensor, n: int) -> None:
         branches = self.run.branches
         if n == 0 and self.fresh:
-            latents = self.trajectory.latents[self.offset].to(x)
+            latents = self.trajectory.latents[self.offset].to(x, non_blocking=True)
             x.copy_(repeat(latents, "p ... -> (p n) ...", n=branches))
         elif self.trajectory.reconstruction == "direct":
-            x[::branches] = self.trajectory.latents[self.offset + n].to(x)
+            x[::branches] = self.trajectory.latents[self.offset + n].to(x, non_blocking=True)
 
 
 def follow(model: Any, trajectory: Trajectory | None) -> Following | None:
