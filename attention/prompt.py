@@ -6,7 +6,7 @@ import codecs
 import csv
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
@@ -56,6 +56,11 @@ class Chunk:
     padding: int
     stop: int
     stream: int = 0
+
+    def moved(self, to: Callable[[int], int]) -> Chunk:
+        """The chunk with every position moved."""
+        positions = (self.begin, self.start, self.first, self.end, self.padding, self.stop)
+        return Chunk(*map(to, positions), self.stream)
 
 
 @dataclass(frozen=True)

@@ -37,13 +37,15 @@ class Letters:
     text: str
     tokens: tuple[tuple[int, ...], ...]
 
-    def parts_at(self, place: int) -> bool:
-        """Whether no token reaches over the place between two letters."""
+    def parts_at(self, place: int | None) -> bool:
+        """Whether no token reaches over a place between two letters; None is nowhere."""
+        if place is None:
+            return False
         inside = 0 < place < len(self.text)
         return not inside or set(self.tokens[place - 1]).isdisjoint(self.tokens[place])
 
 
-def _clip(piece: str) -> bytes:
+def _byte_level(piece: str) -> bytes:
     return bytes_of(piece.removesuffix(WORD_END)) + b" " * piece.endswith(WORD_END)
 
 
@@ -61,13 +63,13 @@ def _wordpiece(piece: str) -> bytes:
 
 
 SPELLINGS: dict[str, Callable[[str], bytes]] = {
-    "CLIP": _clip,
-    "byte-level": bytes_of,
+    "byte-level": _byte_level,
     "SentencePiece": _sentencepiece,
     "WordPiece": _wordpiece,
 }
-"""What a vocabulary's piece stands for. CLIP: a word ends in `</w>`. Byte-level (Qwen, Llama): U+0120 is a
-space. SentencePiece (T5, Gemma): U+2581 is a space, `<0xE7>` a byte. WordPiece (BERT): `##` goes on a word."""
+"""What a vocabulary's piece stands for. Byte-level: a character is a byte, U+0120 a space (Qwen, Llama), or
+`</w>` ends a word (CLIP). SentencePiece (T5, Gemma): U+2581 is a space, `<0xE7>` a byte. WordPiece (BERT):
+`##` goes on with a word."""
 
 
 def spelling_of(pieces: Sequence[str]) -> Callable[[str], bytes] | None:
@@ -158,10 +160,7 @@ def common_words(text: str, streams: Sequence[Letters], offsets: Sequence[int]) 
     cuts = [
         n
         for n, border in enumerate(borders)
-        if all(
-            place[border] is not None and stream.parts_at(place[border])
-            for place, stream in zip(places, streams, strict=True)
-        )
+        if all(stream.parts_at(place[border]) for place, stream in zip(places, streams, strict=True))
     ]
     words: list[Word] = []
     for n, m in zip(cuts, cuts[1:], strict=False):
@@ -177,7 +176,7 @@ def common_words(text: str, streams: Sequence[Letters], offsets: Sequence[int]) 
 
 
 def _places(text: str, stream: str) -> list[int | None]:
-    """Where each place between the letters of a text lies in a stream; None inside of what reads otherwise."""
+    """Where each place between letters of a text lies in a stream; None inside of what reads otherwise."""
     if text == stream:
         return list(range(len(text) + 1))
     places: list[int | None] = [None] * (len(text) + 1)
