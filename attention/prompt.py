@@ -59,8 +59,8 @@ class Chunk:
 
     def moved(self, to: Callable[[int], int]) -> Chunk:
         """The chunk with every position moved."""
-        positions = (self.begin, self.start, self.first, self.end, self.padding, self.stop)
-        return Chunk(*map(to, positions), self.stream)
+        begin, start, first = to(self.begin), to(self.start), to(self.first)
+        return Chunk(begin, start, first, to(self.end), to(self.padding), to(self.stop), self.stream)
 
 
 @dataclass(frozen=True)

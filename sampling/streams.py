@@ -232,7 +232,7 @@ def _side_by_side(text: str, plain_text: str, streams: Sequence[Stream]) -> Prom
     offsets = list(accumulate((stream.length for stream in streams), initial=0))
     words = common_words(plain_text, [stream.letters for stream in streams], offsets[:-1])
     chunks = [
-        replace(chunk.moved(lambda place, offset=offset: place + offset), stream=number)
+        replace(chunk.moved(offset.__add__), stream=number)
         for number, (stream, offset) in enumerate(zip(streams, offsets, strict=False))
         for chunk in stream.chunks
     ]
