@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .prompt import Prompt
+from .prompt import Chunk, Prompt
 from .tags import Tag, is_comma, key, split_tags, tag_text, trim
 
 MODES = ("auto", "swap", "refine")
@@ -231,31 +231,49 @@ def token_mapping(source: Prompt, target: Prompt, alignment: Alignment) -> tuple
 
     Paired words with equal token counts pair their tokens one to one; with unequal counts each target
     token takes 1 / len(target tokens) of every source token, as in the paper's code, so that the attention
-    paid to the pair stays the same in sum. Start tokens map to start tokens, end to end; padding keeps its
-    position in the chunk, and a target's padding at j takes the source's at max(j, first padding of the
-    source). A target chunk that the source lacks takes these from the source's last chunk.
+    paid to the pair stays the same in sum. Start tokens map to start tokens, end to end, and so do templates
+    token by token; padding keeps its position in the chunk, and a target's padding at j takes the source's at
+    max(j, first padding of the source). A target chunk that the source lacks takes these from the source's
+    last chunk. Several text encoders are mapped each for itself.
 
     Returns M (source tokens, target tokens) float32, column j says where target token j takes its map from;
     and inherits (target tokens,) float32, 1 where column j takes the source's map, 0 where it keeps its own.
     """
     mapping = torch.zeros(source.length, target.length)
-    inherits = torch.zeros(target.length)
-    for pairing in alignment.pairings:
-        rows = [token for word in pairing.source for token in source.words[word].tokens]
-        columns = [token for word in pairing.target for token in target.words[word].tokens]
-        if len(rows) == len(columns):
-            mapping[rows, columns] = 1.0
-        else:
-            mapping[torch.tensor(rows)[:, None], torch.tensor(columns)] = 1.0 / len(columns)
-        inherits[columns] = 1.0
-    for n, chunk in enumerate(target.chunks):
-        origin = source.chunks[min(n, len(source.chunks) - 1)]
-        mapping[origin.start, chunk.start] = 1.0
-        mapping[origin.end, chunk.end] = 1.0
-        inherits[[chunk.start, chunk.end]] = 1.0
-        first_padding = min(origin.end + 1, origin.stop - 1) - origin.start
-        for position in range(chunk.end + 1, chunk.stop):
-            offset = min(max(position - chunk.start, first_padding), origin.stop - 1 - origin.start)
-            mapping[origin.start + offset, position] = 1.0
-            inherits[position] = 1.0
-    return mapping, inherits
+    for number in {chunk.stream: None for chunk in target.chunks}:
+        origins, chunks = source.stream(number), target.stream(number)
+        if not origins:
+            continue
+        for pairing in alignment.pairings:
+            rows = _tokens(source, pairing.source, origins)
+            columns = _tokens(target, pairing.target, chunks)
+            if len(rows) == len(columns):
+                mapping[rows, columns] = 1.0
+            elif rows and columns:
+                mapping[torch.tensor(rows)[:, None], torch.tensor(columns)] = 1.0 / len(columns)
+        for n, chunk in enumerate(chunks):
+            for row, column in _beside_words(origins[min(n, len(origins) - 1)], chunk):
+                mapping[row, column] = 1.0
+    return mapping, (mapping != 0).any(0).float()
+
+
+def _tokens(prompt: Prompt, words: Sequence[int], chunks: Sequence[Chunk]) -> list[int]:
+    """Tokens of some words, those of one text encoder."""
+    inside = range(chunks[0].begin, chunks[-1].stop)
+    return [token for word in words for token in prompt.words[word].tokens if token in inside]
+
+
+def _beside_words(source: Chunk, target: Chunk) -> Iterator[tuple[int, int]]:
+    """Which tokens of a source's chunk those of a target's that are no words' take their maps from."""
+    before, behind = source.first - source.start, source.padding - source.end
+    if before:
+        for column in range(target.start, target.first):
+            yield source.start + min(column - target.start, before - 1), column
+    if behind:
+        for column in range(target.end, target.padding):
+            yield source.end + min(column - target.end, behind - 1), column
+    last = source.stop - 1
+    for column in range(target.padding, target.stop):
+        yield min(max(source.begin + column - target.begin, source.padding), last), column
+    for column in range(target.begin, target.start):
+        yield min(source.begin + column - target.begin, max(source.start - 1, source.begin)), column

@@ -6,7 +6,7 @@ import codecs
 import csv
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
@@ -41,14 +41,26 @@ class Word:
 
 @dataclass(frozen=True)
 class Chunk:
-    """One window of the text encoder (77 tokens for CLIP): start token, words, end token, padding.
+    """One window of a text encoder (77 tokens for CLIP), as positions in the conditioning's token axis.
 
-    start, end: positions of the start token and of the first end token; stop: one past the last padding.
+    begin: first position. start: first token of what stands before the words: the start token, a template.
+    first: first token of the words. end: first token behind the words: the end token, a template's rest.
+    padding: first token of the padding. stop: one past the last. Between begin and start is padding too.
+    stream: which of the text encoders, from 0.
     """
 
+    begin: int
     start: int
+    first: int
     end: int
+    padding: int
     stop: int
+    stream: int = 0
+
+    def moved(self, to: Callable[[int], int]) -> Chunk:
+        """The chunk with every position moved."""
+        begin, start, first = to(self.begin), to(self.start), to(self.first)
+        return Chunk(begin, start, first, to(self.end), to(self.padding), to(self.stop), self.stream)
 
 
 @dataclass(frozen=True)
@@ -56,6 +68,7 @@ class Prompt:
     """A prompt, its words in order, and where its chunks lie.
 
     text: what the user wrote, weights in parentheses included.
+    chunks: of all text encoders whose tokens the attention sees, side by side.
     length: number of tokens t of the conditioning, all chunks together.
     """
 
@@ -66,6 +79,10 @@ class Prompt:
     @property
     def length(self) -> int:
         return self.chunks[-1].stop
+
+    def stream(self, number: int) -> tuple[Chunk, ...]:
+        """The chunks of one text encoder; none if the prompt has no such stream."""
+        return tuple(chunk for chunk in self.chunks if chunk.stream == number)
 
     def occurrences(self, phrase: str) -> list[tuple[int, ...]]:
         """Every place where `phrase` stands, as indices of words; case, white space and `_` do not matter.
@@ -146,7 +163,7 @@ class Prompt:
         In scripts without spaces, and in prompts of very many words, the vocabulary's words.
         """
         text = _without_weights(self.text).lower()
-        if len(self.words) > MOST_WRITTEN or any(map(_stands_alone, text)):
+        if len(self.words) > MOST_WRITTEN or any(map(stands_alone, text)):
             words = dict.fromkeys(word.text for word in self.words)
             return [word for word in words if _squash(word) and not is_punctuation(word)]
         words = dict.fromkeys(map(_without_punctuation, re.split(r"[\s,]+", text)))
@@ -176,7 +193,8 @@ def read_prompt(text: str, pieces: Sequence[Sequence[str]]) -> Prompt:
             if piece.endswith(WORD_END):
                 words += _words(letters, tokens)
                 letters, tokens = [], []
-        chunks.append(Chunk(offset, offset + end, offset + len(chunk)))
+        begin, end = offset, offset + end
+        chunks.append(Chunk(begin, begin, begin + 1, end, end + 1, begin + len(chunk)))
         offset += len(chunk)
     if tokens:
         words += _words(letters, tokens)
@@ -186,7 +204,7 @@ def read_prompt(text: str, pieces: Sequence[Sequence[str]]) -> Prompt:
 def _words(letters: Sequence[str], tokens: Sequence[int]) -> list[Word]:
     """One word of the vocabulary: as it is, or by its characters in scripts without spaces."""
     characters = list(_characters(letters, tokens))
-    if all(_stands_alone(letter) for word in characters for letter in word.text):
+    if all(stands_alone(letter) for word in characters for letter in word.text):
         return characters
     return [Word(_decode("".join(letters)), tuple(tokens))]
 
@@ -205,7 +223,7 @@ def _characters(letters: Sequence[str], tokens: Sequence[int]) -> Iterator[Word]
             text, first = "", last
 
 
-def _stands_alone(letter: str) -> bool:
+def stands_alone(letter: str) -> bool:
     """Whether a character is a word of its own: Chinese and Japanese writing, and symbols such as emoji."""
     return unicodedata.category(letter) == "So" or unicodedata.name(letter, "").startswith(
         ("CJK UNIFIED", "CJK COMPAT", "IDEOGRAPHIC ITER", "HIRAGANA", "KATAKANA")
@@ -227,6 +245,11 @@ def split_words(text: str) -> list[str]:
 def is_punctuation(text: str) -> bool:
     """Whether a word says nothing of its own: "," or ")", not an emoji."""
     return all(unicodedata.category(letter).startswith("P") for letter in text)
+
+
+def bytes_of(piece: str) -> bytes:
+    """The bytes that a piece of a byte-level vocabulary spells, or its UTF-8 if it spells none."""
+    return bytes(_BYTES[c] for c in piece) if all(c in _BYTES for c in piece) else piece.encode()
 
 
 def spell(text: str) -> str:
@@ -284,6 +307,4 @@ _LETTERS = {byte: letter for letter, byte in _BYTES.items()}
 
 
 def _decode(letters: str) -> str:
-    if not all(letter in _BYTES for letter in letters):
-        return letters
-    return bytes(_BYTES[letter] for letter in letters).decode("utf-8", errors="replace")
+    return bytes_of(letters).decode("utf-8", errors="replace")

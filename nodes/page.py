@@ -35,7 +35,8 @@ def alignment_data(source: EncodedPrompt, target: EncodedPrompt, alignment: Alig
 
     source, target: text, and words with their number of tokens and whether they only separate tags.
     pairings: words by index that share a map, swapped or not. new, removed: words by index. edits: as `edits`
-    gives them. description: the same for people, a line per word and per textual inversion without a file.
+    gives them. description: the same for people, a line per word, per textual inversion without a file, and
+    for weights that the text encoder takes as text.
     """
 
     def words(prompt: Prompt) -> dict[str, Any]:
@@ -49,6 +50,8 @@ def alignment_data(source: EncodedPrompt, target: EncodedPrompt, alignment: Alig
 
     missing = dict.fromkeys(source.missing + target.missing)
     lines = [alignment.describe(source, target), *(f"! {name} (no such file, left out)" for name in missing)]
+    if source.plain or target.plain:
+        lines.append("! weights in parentheses are plain text for this text encoder")
     return {
         "source": words(source),
         "target": words(target),

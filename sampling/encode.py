@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +14,11 @@ from comfy.sd import CLIP
 
 from ..attention.edit import Edit, Source
 from ..attention.prompt import WORD_END, Prompt, read_prompt, spell
+from ..attention.vocabulary import PROBE
+from .streams import Given, as_read, parts_of, read_streams
 
+CLIPS = frozenset({"l", "g", "h"})
+"""Encoders with CLIP's vocabulary: U-Nets have no others."""
 EMBEDDING = "embedding:"
 """So the host's tokenizers mark the name of a textual inversion."""
 
@@ -24,11 +28,13 @@ class EncodedPrompt(Prompt):
     """A prompt as the host encoded it.
 
     missing: textual inversions that the text names and the host did not find; it leaves them out.
+    plain: whether the text has weights in parentheses that are plain text for this text encoder.
     conditioning: the host's CONDITIONING, or None where only the words were read.
     encoder: what the CLIP is known by, see `_known_by`.
     """
 
     missing: tuple[str, ...] = ()
+    plain: bool = False
     conditioning: Any = field(default=None, repr=False, compare=False)
     encoder: tuple | None = field(default=None, repr=False, compare=False)
 
@@ -51,30 +57,41 @@ def encode(clip: Any, text: str, role: str) -> EncodedPrompt:
     """Tokenize and encode a prompt with a ComfyUI CLIP object.
 
     role: "source" or "target", for messages.
-    Raises ValueError for an empty prompt, for text encoders without CLIP's vocabulary, and for textual
-    inversions that were made for another text encoder.
+    Raises ValueError for an empty prompt, for text encoders that are not known or whose tokenizer does not
+    work, and for textual inversions that were made for another text encoder.
     """
-    prompt = read(clip, text, role)
-    return replace(prompt, conditioning=_conditioning(clip, text), encoder=_known_by(clip))
+    read(clip, text, role)  # for its errors, before the host's work or its own ones
+    conditioning = _conditioning(clip, text)
+    prompt = read(clip, text, role, conditioning)
+    return replace(prompt, conditioning=conditioning, encoder=_known_by(clip))
 
 
 def _conditioning(clip: Any, text: str) -> list:
     return clip.encode_from_tokens_scheduled(clip.tokenize(text))
 
 
-def read(clip: Any, text: str, role: str) -> EncodedPrompt:
+def read(clip: Any, text: str, role: str, conditioning: Sequence = ()) -> EncodedPrompt:
     """The words of a prompt; raises what `encode` raises.
 
-    clip: a ComfyUI CLIP object, of which only `tokenize` and `tokenizer` are used.
+    clip: a ComfyUI CLIP object, of which only `tokenize` and `tokenizer` are used. conditioning: the host's,
+    of this prompt, for where its tokens lie among all that a transformer's attention sees.
     """
     check_prompt(text, role)
-    encoders, inversions = _tokenize(clip, text)
-    pieces = _pieces(clip, encoders, [name for name, found in inversions if found])
-    prompt = read_prompt(text, pieces)
+    encoders, given = _tokenize(clip, text)
+    inversions = _inversions(given)
+    if CLIPS.isdisjoint(encoders) or set(encoders) - CLIPS:
+        parts = parts_of(clip, [*encoders])
+        for key, chunks in encoders.items():
+            _check_widths(clip, key, chunks, [name for name, found in inversions if found])
+        prompt = read_streams(text, parts, encoders, given, _templates(clip, text, given), conditioning)
+    else:
+        pieces = _pieces(clip, encoders, [name for name, found in inversions if found])
+        prompt = read_prompt(text, pieces)
     if not prompt.words:
         raise ValueError(f'The {role} prompt "{text}" has no word that the text encoder reads.')
     missing = tuple(name for name, found in inversions if not found)
-    return EncodedPrompt(text, prompt.words, prompt.chunks, missing)
+    plain = any(one.plain for one in given.values()) and as_read(text, False) != as_read(text, True)
+    return EncodedPrompt(text, prompt.words, prompt.chunks, missing, plain)
 
 
 def start_edit(clip: Any, source: str, target: str, mode: str) -> Edit:
@@ -137,24 +154,61 @@ def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
     return bool((one - other).norm() <= 0.01 * other.norm())
 
 
-def _tokenize(clip: Any, text: str) -> tuple[dict, list[tuple[str, bool]]]:
-    """The host's tokens of a text, by encoder, and the textual inversions that it names, in order.
+def _tokenize(clip: Any, text: str) -> tuple[dict, dict[str, Given]]:
+    """The host's tokens of a text, and what each tokenizer was given, both by encoder.
 
-    Which these are is for the host to say, whose versions read names differently: each name that its
-    tokenizers look up, and whether one of them found a file.
+    Which textual inversions the text names is for the host to say, whose versions read names differently:
+    each name that its tokenizers look up, and whether one of them found a file.
     """
-    looked_up: list[list[tuple[str, bool]]] = []
+    given: dict[str, Given] = {}
     clip = copy.copy(clip)
     clip.tokenizer = copy.copy(clip.tokenizer)
     for name, tokenizer in list(vars(clip.tokenizer).items()):
         if hasattr(tokenizer, "_try_get_embedding"):
-            tokenizer = copy.copy(tokenizer)
-            looked_up.append([])
-            tokenizer._try_get_embedding = _noting(tokenizer._try_get_embedding, text, looked_up[-1])
-            setattr(clip.tokenizer, name, tokenizer)
+            setattr(clip.tokenizer, name, _listening(tokenizer, text, name, given))
     encoders = clip.tokenize(text, return_word_ids=True)
-    each = zip(*filter(None, looked_up), strict=False)
-    return encoders, [(found[0][0], any(file for _, file in found)) for found in each]
+    return encoders, {key: found for key in encoders for found in [_of(given, key)] if found is not None}
+
+
+def _of(by_name: Mapping[str, Any], key: str) -> Any:
+    """What belongs to an encoder's key among attributes of the host's tokenizer: "l" is `clip_l` there."""
+    return by_name.get(key, by_name.get(f"clip_{key}"))
+
+
+def _listening(tokenizer: Any, text: str, name: str, given: dict[str, Given]) -> Any:
+    """A tokenizer of the host that notes in `given`, under its name, what it is given and looks up."""
+    listening = copy.copy(tokenizer)
+    looked_up: list[tuple[str, bool]] = []
+    listening._try_get_embedding = _noting(tokenizer._try_get_embedding, text, looked_up)
+    tokenize = listening.tokenize_with_weights
+
+    def noting(given_text: str, *args: Any, **options: Any) -> Any:
+        looked_up.clear()
+        tokens = tokenize(given_text, *args, **options)
+        plain = options.get("disable_weights", False) or getattr(tokenizer, "disable_weights", False)
+        given[name] = Given(tokenizer, given_text, bool(plain), tuple(looked_up))
+        return tokens
+
+    listening.tokenize_with_weights = noting
+    return listening
+
+
+def _inversions(given: Mapping[str, Given]) -> list[tuple[str, bool]]:
+    """The textual inversions that a text names, in order, and whether an encoder found a file."""
+    each = zip(*(one.looked_up for one in given.values() if one.looked_up), strict=False)
+    return [(found[0][0], any(file for _, file in found)) for found in each]
+
+
+def _templates(clip: Any, text: str, given: Mapping[str, Given]) -> dict[str, tuple[str, str]]:
+    """What the host puts before and behind a prompt, by encoder: found with another prompt."""
+    if all(one.text == text for one in given.values()):
+        return {key: ("", "") for key in given}
+    _, other = _tokenize(clip, PROBE)
+    found = {key: tuple(other[key].text.split(PROBE, 1)) for key in given}
+    return {
+        key: ends if len(ends) == 2 and text.join(ends) == given[key].text else ("", "")
+        for key, ends in found.items()
+    }
 
 
 def _noting(look_up: Callable[[str], tuple], text: str, noted: list[tuple[str, bool]]) -> Callable:
@@ -177,12 +231,7 @@ def _pieces(clip: Any, encoders: dict, inversions: list[str]) -> list[list[str]]
 
     encoders: the text's tokens. inversions: the names of its textual inversions, in order.
     """
-    name = next((name for name in ("l", "h", "g") if name in encoders), None)
-    if name is None or set(encoders) - {"l", "g", "h"}:
-        raise ValueError(
-            f"The text encoder gives tokens for {', '.join(encoders)}; Prompt-to-Prompt works on models with "
-            "CLIP text encoders and cross-attention (SD1.x, SD2.x, SDXL). Connect the CLIP of such a model."
-        )
+    name = next(name for name in ("l", "h", "g") if name in encoders)
     layouts = [[[entry[2] for entry in chunk] for chunk in chunks] for chunks in encoders.values()]
     if any(layout != layouts[0] for layout in layouts):
         raise ValueError(
@@ -218,7 +267,7 @@ def _inversion_pieces(words: list[int], inversions: list[str]) -> list[str]:
 
 def _check_widths(clip: Any, encoder: str, chunks: list[list[tuple]], inversions: list[str]) -> None:
     """Raise ValueError for vectors that the host leaves out while it encodes: they do not fit."""
-    expected = getattr(getattr(clip.tokenizer, f"clip_{encoder}", None), "embedding_size", None)
+    expected = getattr(_of(vars(clip.tokenizer), encoder), "embedding_size", None)
     widths = {entry[0].shape[-1] for chunk in chunks for entry in chunk if torch.is_tensor(entry[0])}
     if expected is not None and widths - {expected}:
         raise ValueError(
