@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .inject import Rows
 from .maps import MapRows, MapStep
+from .taken import CrossStep
 
 Attention = Callable[..., Tensor]
 """q, k, v and, where the call has one, mask -> softmax(q k^T / sqrt(d) + mask) v, any kernel."""
@@ -173,6 +174,48 @@ class WordStep:
     own: Tensor | None
     weight: Tensor
     gain: Tensor | None = None
+
+    def by_row(self, branch: Tensor, like: Tensor) -> WordStep:
+        """With an entry for each row that is a target's; branch: (r,) their numbers. like: for the dtype."""
+
+        def of_rows(table: Tensor | None) -> Tensor | None:
+            return None if table is None else table.to(like.dtype).to(like.device).index_select(0, branch)
+
+        weight = of_rows(self.weight)
+        assert weight is not None
+        return WordStep(of_rows(self.moved), of_rows(self.own), weight, of_rows(self.gain))
+
+
+def word_step(step: CrossStep, share: Tensor) -> WordStep:
+    """The edit of cross-attention maps as one of the text's columns in a joint softmax, for N targets.
+
+    share: (N,), of the source in the image's columns because of the self-attention window; the text's window
+    takes as much of them where that is more.
+    """
+    plain = step.unscaled or step
+    weight = torch.maximum(step.weight, share)
+    moved, own = plain.moved, plain.own
+    tables = next(table for table in (own, moved) if table is not None)
+    if moved is None and bool(weight.any()):
+        moved = tables.new_zeros(*tables.shape[:2], tables.shape[1])
+    if own is None and bool((weight < 1.0).any()):
+        own = tables.new_zeros(tables.shape[:2])
+    return WordStep(moved, None if moved is None else own, weight, step.gain)
+
+
+def open_targets(step: CrossStep | None) -> frozenset[int]:
+    """The targets, from 0, whose text's columns a step edits at all."""
+    if step is None:
+        return frozenset()
+    kept = step.own is not None
+    assert step.own is not None or step.moved is not None
+    return frozenset(
+        n
+        for n in range(step.weight.shape[0])
+        if step.weight[n] > 0.0
+        or (step.moved is not None and bool(step.moved[n].any()))
+        or not (kept and bool((step.own[n] == 1.0).all()))  # type: ignore[index]
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -350,6 +393,8 @@ def _edited(
         edited = _join_heads(_split_heads(edited, heads) * ratio, edited.ndim)
     _put(out, image, edited, rows.target)
     others = tokens.others(out.shape[-2])
+    if not others:
+        return out
     parts = [term.of_targets(attend, rows, tokens, others, lambda v: v) for term in rest]
     return _put(out, others, sum(parts[1:], parts[0]), rows.target)
 
