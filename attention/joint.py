@@ -305,19 +305,20 @@ def mutual_attention(
     weight: Tensor | None = None,
     gain: Tensor | None = None,
     columns: Columns = ALL,
+    sources: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Joint attention in which the target's image queries look at the source's image.
 
         A* v* = softmax(q_I,t [k_T,t ; k_I,s]^T / sqrt(d)) [v_T,t ; v_I,s]
         weight A* v* + (1 - weight) A_t v_t
 
-    The text's queries are left alone, by a small second call. Arguments as in `image_attention`.
+    The text's queries are left alone, by a small second call. Arguments as in `image_attention`, but for
+    sources: the keys and values, (k, v).
     Source: Cao et al. 2023 (MasaCtrl), mutual self-attention control, on the image's part of a joint softmax.
     """
     image = (tokens.image,)
-    taken = replace(
-        call, k=_from_origin(call.k, call.k, rows, image), v=_from_origin(call.v, call.v, rows, image)
-    )
+    k, v = sources or (call.k, call.v)
+    taken = replace(call, k=_from_origin(call.k, k, rows, image), v=_from_origin(call.v, v, rows, image))
     own = _Term(call, columns.own, columns.target)
     terms = [_Term(taken, columns.own, columns.target, weight=weight)]
     if weight is not None:

@@ -9,7 +9,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-
 Kind = Literal["self", "cross", "joint", "text", "reference", "features"]
 """self: over the image alone. cross: from image to text. joint: one softmax over text and image. The others
 are found in transformers beside these and nothing is taken in them. text: over text alone. reference: over

@@ -112,7 +112,7 @@ def family_of(model: Any) -> Family | None:
     """The family of one of the host's models (`comfy.model_base.BaseModel`), or None."""
     name = type(model).__name__
     for family in FAMILIES:
-        if name in family.models and (family.having is None or _get(model.diffusion_model, family.having)):
+        if name in family.models and (family.having is None or at(model.diffusion_model, family.having)):
             return family
     return None
 
@@ -123,13 +123,13 @@ def layers_of(family: Family, network: Any, references: bool = False) -> tuple[L
         Layer(kind, (n, block), family.patch)  # type: ignore[arg-type]
         for n, stage in enumerate(family.stages)
         if references or not stage.references
-        for block, module in enumerate(_get(network, stage.blocks))
+        for block, module in enumerate(at(network, stage.blocks))
         for kind, _, needs in (call.partition("?") for call in stage.calls)
-        if not needs or _get(module, needs)
+        if not needs or at(module, needs)
     )
 
 
-def _get(module: Any, path: str) -> Any:
+def at(module: Any, path: str) -> Any:
     """What stands at a path of attributes and numbers, or None."""
 
     def step(found: Any, name: str) -> Any:
