@@ -52,7 +52,7 @@ def control(
     family = family_of(model.model)
     layers = layers_of(model.get_model_object("diffusion_model"), family)
     if family is not None:
-        _check_transformer(family, blend, maps, keep)
+        _check_transformer(family, blend, maps)
     follows = follow(model, trajectory)
     entries: list[Entry] = [] if follows is None else [follows]
     if blend is not None:
@@ -64,12 +64,11 @@ def control(
     )
 
 
-def _check_transformer(family: Family, blend: LocalBlend | None, maps: MapsHandle | None, keep: Keep) -> None:
+def _check_transformer(family: Family, blend: LocalBlend | None, maps: MapsHandle | None) -> None:
     """Raise ValueError for what the pack does with U-Nets only."""
     given = {
         "Local Blend by words": blend is not None and blend.needs_maps,
         "Attention Maps": maps is not None and maps.wanted,
-        "reuse_gb above 0": keep.nbytes > 0,
     }
     for name in (name for name, is_given in given.items() if is_given):
         raise ValueError(

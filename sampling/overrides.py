@@ -173,7 +173,6 @@ class _Override:
         if not edits:
             own = self._groups(layer, tokens, tensors, tuple(range(self.call.batch)))
             return tensors.attend(attend, own)
-        self.reached.append(layer)
         sources = None
         if any(edit.kind != "mutual" for edit in edits):
             q, k = self.call.part.sources.queries_and_keys(self.call, layer, tensors.q, tensors.k)
@@ -239,8 +238,9 @@ class _Override:
         call = self.call
         parts = tuple(part for layers, part in self.parts if layer in layers)
         cross = self.taken.cross if layer.kind == "joint" else None
-        if not parts and cross is None:
+        if not any(part.everywhere or call.own for part in parts) and not (cross and call.own):
             return ()
+        self.reached.append(layer)
         taken = tuple((part.kind, part.weights, part.everywhere) for part in parts)
         key = ("edits", call.chunks, call.own, call.part.targets, cross, taken)
         return call.run.once(key, lambda: edits_of(call, cross, parts))
@@ -430,13 +430,16 @@ def edits_of(call: Call, cross: CrossStep | None, parts: Sequence[SelfTaken]) ->
     def taken(own: bool) -> dict[str, dict[int, float]]:
         found: dict[str, dict[int, float]] = {}
         for number in call.part.targets:
-            weights = {part.kind: part.weights[number] for part in parts if own or part.everywhere}
-            if weights.get("mutual"):
-                found.setdefault("mutual", {})[number] = weights["mutual"]
+            here = [(part.kind, part.weights[number]) for part in parts if own or part.everywhere]
+            mutual, image = (
+                max((w for k, w in here if k == kind), default=0.0) for kind in ("mutual", "map")
+            )
+            if mutual:
+                found.setdefault("mutual", {})[number] = mutual
             elif own and number in opened:
-                found.setdefault("words", {})[number] = weights.get("map", 0.0)
-            elif weights.get("map"):
-                found.setdefault("image", {})[number] = weights["map"]
+                found.setdefault("words", {})[number] = image
+            elif image:
+                found.setdefault("image", {})[number] = image
         return found
 
     others = tuple(chunk for chunk in range(call.chunks) if chunk not in call.own)

@@ -125,7 +125,8 @@ class Call:
     batch: its rows b, in `chunks` conditionings. own: the chunks that are the pair's positive conditioning;
     the others are its negative ones, or other nodes'. size: height and width of the latent. tokens: L of the
     text, which the host may have repeated; length: t of the pair's own conditioning, None without an own
-    chunk. part: the targets that it computes. texts: what of the text is each branch's own, without padding, of transformers.
+    chunk. part: the targets that it computes. texts: tokens of each branch's text without padding, of
+    transformers only.
     """
 
     run: Run
