@@ -48,19 +48,25 @@ Groups = tuple[tuple[Tensor, Spans], ...] | None
 """The rows of a call by the columns of k and v that they keep, or None where all rows keep all."""
 
 
-def groups_of(kept: Sequence[Spans], length: int, device: torch.device) -> Groups:
+def groups_of(
+    kept: Sequence[Spans], length: int, device: torch.device, apart: Sequence[bool] | None = None
+) -> Groups:
     """Rows that keep the same columns together, so that padding is left out of the softmax exactly.
 
     kept: for each row of a call the columns of k and v that are not padding. length: L of the call.
+    apart: for each row which of two kinds it is, that must not meet in one call: a kernel may round
+    differently in a batch of another size, and a source's rows are to be the same whatever its targets do.
     """
-    rows: dict[tuple[tuple[int, int], ...], list[int]] = {}
+    rows: dict[tuple[bool, tuple[tuple[int, int], ...]], list[int]] = {}
     for row, spans in enumerate(kept):
-        rows.setdefault(tuple((span.start, span.stop) for span in spans), []).append(row)
-    if all(sum(stop - start for start, stop in ends) == length for ends in rows):
+        kind = apart is not None and apart[row]
+        rows.setdefault((kind, tuple((span.start, span.stop) for span in spans)), []).append(row)
+    whole = all(sum(stop - start for start, stop in ends) == length for _, ends in rows)
+    if whole and len({kind for kind, _ in rows}) == 1:
         return None
     return tuple(
         (torch.tensor(group, dtype=torch.long, device=device), tuple(slice(*end) for end in ends))
-        for ends, group in rows.items()
+        for (_, ends), group in rows.items()
     )
 
 

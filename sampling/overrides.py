@@ -314,12 +314,15 @@ class _Override:
             return None
         length = tensors.k.shape[-2]
         key = ("columns", layer.kind, call.texts, *_rows_key(call), length, rows)
+        front = family.padding == "front"
+        is_target = [bool(branch_of(call, row)) for row in range(call.batch)]
         return call.run.once(
             key,
             lambda: groups_of(
-                [kept_columns(call, row, tokens, length, family.padding == "front") for row in rows],
+                [kept_columns(call, row, tokens, length, front) for row in rows],
                 length,
                 call.device,
+                is_target if len(rows) == call.batch else None,
             ),
         )
 
@@ -431,9 +434,8 @@ def edits_of(call: Call, cross: CrossStep | None, parts: Sequence[SelfTaken]) ->
         found: dict[str, dict[int, float]] = {}
         for number in call.part.targets:
             here = [(part.kind, part.weights[number]) for part in parts if own or part.everywhere]
-            mutual, image = (
-                max((w for k, w in here if k == kind), default=0.0) for kind in ("mutual", "map")
-            )
+            mutual = max((weight for kind, weight in here if kind == "mutual"), default=0.0)
+            image = max((weight for kind, weight in here if kind == "map"), default=0.0)
             if mutual:
                 found.setdefault("mutual", {})[number] = mutual
             elif own and number in opened:
