@@ -348,9 +348,8 @@ def test_law_8_nothing_outlives_a_run_that_ends_or_fails(name, model_of):
         raise InterruptedError
 
     broken = model.clone()
-    broken.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "last", lambda executor, *a, **k: executor(*a, **k))
+    broken.model_options["transformer_options"] = {OVERRIDE: fail}
     pair.run(PART)
-    broken.model_options["model_function_wrapper"] = fail
     with pytest.raises(InterruptedError):
         pair.run(PART, model=broken)
     assert (module and module.optimized_attention) is before
