@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .inject import Rows
 from .maps import MapRows, MapStep
+from .taken import CrossStep
 
 Attention = Callable[..., Tensor]
 """q, k, v and, where the call has one, mask -> softmax(q k^T / sqrt(d) + mask) v, any kernel."""
@@ -47,19 +48,25 @@ Groups = tuple[tuple[Tensor, Spans], ...] | None
 """The rows of a call by the columns of k and v that they keep, or None where all rows keep all."""
 
 
-def groups_of(kept: Sequence[Spans], length: int, device: torch.device) -> Groups:
+def groups_of(
+    kept: Sequence[Spans], length: int, device: torch.device, apart: Sequence[bool] | None = None
+) -> Groups:
     """Rows that keep the same columns together, so that padding is left out of the softmax exactly.
 
     kept: for each row of a call the columns of k and v that are not padding. length: L of the call.
+    apart: for each row which of two kinds it is, that must not meet in one call: a kernel may round
+    differently in a batch of another size, and a source's rows are to be the same whatever its targets do.
     """
-    rows: dict[tuple[tuple[int, int], ...], list[int]] = {}
+    rows: dict[tuple[bool, tuple[tuple[int, int], ...]], list[int]] = {}
     for row, spans in enumerate(kept):
-        rows.setdefault(tuple((span.start, span.stop) for span in spans), []).append(row)
-    if all(sum(stop - start for start, stop in ends) == length for ends in rows):
+        kind = apart is not None and apart[row]
+        rows.setdefault((kind, tuple((span.start, span.stop) for span in spans)), []).append(row)
+    whole = all(sum(stop - start for start, stop in ends) == length for _, ends in rows)
+    if whole and len({kind for kind, _ in rows}) == 1:
         return None
     return tuple(
         (torch.tensor(group, dtype=torch.long, device=device), tuple(slice(*end) for end in ends))
-        for ends, group in rows.items()
+        for (_, ends), group in rows.items()
     )
 
 
@@ -174,6 +181,48 @@ class WordStep:
     weight: Tensor
     gain: Tensor | None = None
 
+    def by_row(self, branch: Tensor, like: Tensor) -> WordStep:
+        """With an entry for each row that is a target's; branch: (r,) their numbers. like: for the dtype."""
+
+        def of_rows(table: Tensor | None) -> Tensor | None:
+            return None if table is None else table.to(like.dtype).to(like.device).index_select(0, branch)
+
+        weight = of_rows(self.weight)
+        assert weight is not None
+        return WordStep(of_rows(self.moved), of_rows(self.own), weight, of_rows(self.gain))
+
+
+def word_step(step: CrossStep, share: Tensor) -> WordStep:
+    """The edit of cross-attention maps as one of the text's columns in a joint softmax, for N targets.
+
+    share: (N,), of the source in the image's columns because of the self-attention window; the text's window
+    takes as much of them where that is more.
+    """
+    plain = step.unscaled or step
+    weight = torch.maximum(step.weight, share)
+    moved, own = plain.moved, plain.own
+    tables = next(table for table in (own, moved) if table is not None)
+    if moved is None and bool(weight.any()):
+        moved = tables.new_zeros(*tables.shape[:2], tables.shape[1])
+    if own is None and bool((weight < 1.0).any()):
+        own = tables.new_zeros(tables.shape[:2])
+    return WordStep(moved, None if moved is None else own, weight, step.gain)
+
+
+def open_targets(step: CrossStep | None) -> frozenset[int]:
+    """The targets, from 0, whose text's columns a step edits at all."""
+    if step is None:
+        return frozenset()
+    kept = step.own is not None
+    assert step.own is not None or step.moved is not None
+    return frozenset(
+        n
+        for n in range(step.weight.shape[0])
+        if step.weight[n] > 0.0
+        or (step.moved is not None and bool(step.moved[n].any()))
+        or not (kept and bool((step.own[n] == 1.0).all()))  # type: ignore[index]
+    )
+
 
 @dataclass(frozen=True, eq=False)
 class _Term:
@@ -262,19 +311,20 @@ def mutual_attention(
     weight: Tensor | None = None,
     gain: Tensor | None = None,
     columns: Columns = ALL,
+    sources: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Joint attention in which the target's image queries look at the source's image.
 
         A* v* = softmax(q_I,t [k_T,t ; k_I,s]^T / sqrt(d)) [v_T,t ; v_I,s]
         weight A* v* + (1 - weight) A_t v_t
 
-    The text's queries are left alone, by a small second call. Arguments as in `image_attention`.
+    The text's queries are left alone, by a small second call. Arguments as in `image_attention`, but for
+    sources: the keys and values, (k, v).
     Source: Cao et al. 2023 (MasaCtrl), mutual self-attention control, on the image's part of a joint softmax.
     """
     image = (tokens.image,)
-    taken = replace(
-        call, k=_from_origin(call.k, call.k, rows, image), v=_from_origin(call.v, call.v, rows, image)
-    )
+    k, v = sources or (call.k, call.v)
+    taken = replace(call, k=_from_origin(call.k, k, rows, image), v=_from_origin(call.v, v, rows, image))
     own = _Term(call, columns.own, columns.target)
     terms = [_Term(taken, columns.own, columns.target, weight=weight)]
     if weight is not None:
@@ -350,6 +400,8 @@ def _edited(
         edited = _join_heads(_split_heads(edited, heads) * ratio, edited.ndim)
     _put(out, image, edited, rows.target)
     others = tokens.others(out.shape[-2])
+    if not others:
+        return out
     parts = [term.of_targets(attend, rows, tokens, others, lambda v: v) for term in rest]
     return _put(out, others, sum(parts[1:], parts[0]), rows.target)
 

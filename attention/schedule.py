@@ -49,10 +49,12 @@ SELF_MODES = ("map", "mutual", "map in both halves")
 class TauSchedule:
     """When and where the source's attention replaces the target's.
 
-    cross, self_: windows for cross- and self-attention.
+    cross, self_: windows for cross- and self-attention. In the joint attention of transformers: for words
+        with the image around them, and, where that is closed, for the image alone.
     fade: width of the windows' soft edges, fraction of the run.
     self_resolution: self-attention is injected where the largest side of the layer's grid is at most this
-        fraction of the latent's (0.5: 32 x 32 for a 64 x 64 latent), Hertz et al. 2023, section 4.
+        fraction of the latent's (0.5: 32 x 32 for a 64 x 64 latent), Hertz et al. 2023, section 4. It means
+        nothing on transformers, which have one grid in all layers.
     words: windows for single words or phrases of the target, instead of `cross`.
     self_mode: "map": the target takes the source's self-attention map (Hertz et al. 2023). "mutual": it looks
         at the source, its own queries on the source's keys and values, in all layers from `mutual_layer` on

@@ -9,6 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+Kind = Literal["self", "cross", "joint", "text", "reference", "features"]
+"""self: over the image alone. cross: from image to text. joint: one softmax over text and image. The others
+are found in transformers beside these and nothing is taken in them. text: over text alone. reference: over
+reference images alone. features: over what the text encoder gave for one token."""
+
 
 @dataclass(frozen=True, eq=False)
 class CrossStep:
@@ -19,12 +24,15 @@ class CrossStep:
     weight: (N,), of the general window; for tokens that other nodes append inside the attention of both
         branches.
     unscaled: the same without re-weighting, or None where no word is re-weighted.
+    gain: (N, t), the re-weighting of each token at this step where both parts of its column are scaled alike,
+        as one softmax over text and image wants it; None where no word is re-weighted.
     """
 
     moved: Tensor | None
     own: Tensor | None
     weight: Tensor
     unscaled: CrossStep | None = None
+    gain: Tensor | None = None
 
     def by_row(self, branch: Tensor) -> CrossStep:
         """With an entry for each row that is a target's, in place of one for each target.
@@ -42,6 +50,7 @@ class CrossStep:
             None if self.own is None else change(self.own),
             change(self.weight),
             None if self.unscaled is None else self.unscaled._each(change),
+            None if self.gain is None else change(self.gain),
         )
 
 
@@ -49,12 +58,13 @@ class CrossStep:
 class Layer:
     """One attention layer of a network.
 
-    block: the transformer block as the host's patches name it: "input", "middle" or "output", number, depth.
+    block: of a U-Net, as the host's patches name it: "input", "middle" or "output", number, depth. Of a
+        transformer: number of the stage (`Family.stages`) and of the block in it.
     scale: how much smaller the sides of its grid are than the latent's.
     """
 
-    kind: Literal["self", "cross"]
-    block: tuple[str, int, int]
+    kind: Kind
+    block: tuple[str | int, ...]
     scale: int
 
 
@@ -62,8 +72,9 @@ class Layer:
 class SelfTaken:
     """What the targets take in some self-attention layers.
 
-    kind: "map": the source's map on the target's own values (Hertz et al. 2023, section 4). "mutual": the
-        source's keys and values for the target's own queries (Cao et al. 2023).
+    kind: "map": the source's map on the target's own values (Hertz et al. 2023, section 4); in a joint
+        softmax the image's part of it. "mutual": the source's keys and values for the target's own queries
+        (Cao et al. 2023).
     weights: how much of it each of the N targets takes, from 0 to 1; the rest is its own.
     layers: these layers.
     largest: for each target the largest side of a layer's grid in which it takes, as a fraction of the
@@ -82,8 +93,9 @@ class SelfTaken:
 class Taken:
     """All that the targets of one forward take from their source.
 
-    cross: in the cross-attention of every layer, in the pair's own conditioning; None where it is left alone.
-    self_: in self-attention; a layer is in at most one of the entries.
+    cross: in the cross-attention of every layer, and the text's columns of joint attention, in the pair's own
+        conditioning; None where it is left alone.
+    self_: in self-attention and joint attention; a layer is in at most one of the entries for a target.
     features: the output block whose residual features are the source's (Tumanyan et al. 2023), or None.
     """
 

@@ -62,7 +62,8 @@ class _Blend(Guest):
         self.mask = self._mask(x)
         rows = x.unflatten(0, (-1, run.branches))  # a view of x
         source, targets = rows[:, :1], rows[:, 1:]
-        targets.copy_(torch.lerp(source.expand_as(targets), targets, self.mask[:, :, None].to(x)))
+        mask = self.mask.reshape(*self.mask.shape[:2], *[1] * (x.ndim - 3), *self.mask.shape[2:])
+        targets.copy_(torch.lerp(source.expand_as(targets), targets, mask.to(x)))
 
     def _mask(self, x: Tensor) -> Tensor:
         """(pairs, N, height, width), from 0 to 1."""

@@ -15,6 +15,7 @@ from ..attention.schedule import TauSchedule, Window
 from .blend import Blending
 from .conditioning import paired_conditioning
 from .encode import encoded
+from .families import Family, family_of
 from .hooks import Hooks
 from .host import KEY
 from .maps import MapRecording, MapsHandle
@@ -25,6 +26,7 @@ from .plug_and_play import PlugAndPlay
 from .prompt_to_prompt import PromptToPrompt
 from .reuse import NOTHING_KEPT, Keep
 from .run import Entry
+from .stacking import branch_conditioning
 from .trajectory import Following, Trajectory, follow
 
 
@@ -47,14 +49,32 @@ def control(
     model, WordNotFound for words of the schedule that are in no target or of the blend that are in no prompt.
     """
     check_words(edit, tau)
-    layers = layers_of(model.get_model_object("diffusion_model"))
+    family = family_of(model.model)
+    layers = layers_of(model.get_model_object("diffusion_model"), family)
+    if family is not None:
+        _check_transformer(family, blend, maps)
     follows = follow(model, trajectory)
     entries: list[Entry] = [] if follows is None else [follows]
     if blend is not None:
         entries.append(Blending(edit, blend, regions(blend, edit)))
     entries += [_recording(edit, maps), keep, Notice(edit)]
     methods = (PromptToPrompt(edit, tau), MutualSelfAttention(edit, tau))
-    return _controlled(model, Hooks(edit, layers, methods, tuple(entries), _unguided(follows)))
+    return _controlled(
+        model, Hooks(edit, layers, methods, tuple(entries), family, unguided=_unguided(follows))
+    )
+
+
+def _check_transformer(family: Family, blend: LocalBlend | None, maps: MapsHandle | None) -> None:
+    """Raise ValueError for what the pack does with U-Nets only."""
+    given = {
+        "Local Blend by words": blend is not None and blend.needs_maps,
+        "Attention Maps": maps is not None and maps.wanted,
+    }
+    for name in (name for name, is_given in given.items() if is_given):
+        raise ValueError(
+            f"{name} does not work on transformers yet, and this model is {family.name}; take it out, or use "
+            "an SD1.x, SD2.x or SDXL model."
+        )
 
 
 def plug_and_play(
@@ -92,12 +112,18 @@ def plug_and_play(
                 "disconnect source_conditioning or the maps output."
             )
         edit = replace(edit, source=Source(replace(encoded(edit)[0], conditioning=source_conditioning)))
+    family = family_of(model.model)
+    if family is not None:
+        raise ValueError(
+            f"Plug-and-Play Features copies features of a U-Net's decoder; {family.name} is a transformer, "
+            "which has none. Use Attention Controller, with self_mode mutual in tau Scheduler, instead."
+        )
     layers = layers_of(model.get_model_object("diffusion_model"))
     method = PlugAndPlay(Window(0.0, feature_end), Window(0.0, attention_end), layers)
     follows = follow(model, trajectory)
     entries: list[Entry] = [*([] if follows is None else [follows]), _recording(edit, maps), Notice(edit)]
     unguided = source_conditioning is not None or _unguided(follows)
-    return _controlled(model, Hooks(edit, layers, (method,), tuple(entries), unguided))
+    return _controlled(model, Hooks(edit, layers, (method,), tuple(entries), unguided=unguided))
 
 
 def _recording(edit: Edit, maps: MapsHandle | None) -> MapRecording:
@@ -117,4 +143,6 @@ def _controlled(model: Any, hooks: Hooks) -> tuple[Any, list]:
         )
     patched = model.clone()
     hooks.install(patched)
+    if hooks.family is not None:
+        return patched, branch_conditioning(hooks.edit, hooks.mark, hooks.family, model.model.diffusion_model)
     return patched, paired_conditioning(hooks.edit, hooks.mark)

@@ -17,11 +17,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ..attention.joint import Tokens
-
-Kind = Literal["joint", "self", "cross", "text", "reference", "features"]
-"""joint: over text and image. self: over the image alone. cross: from image to text. text: over text alone,
-where padding has to be left out too. reference: over reference images alone. features: over what the text
-encoder gave for one token."""
+from ..attention.taken import Layer
 
 Part = Literal["registers", "text", "references", "image"]
 
@@ -112,20 +108,11 @@ class Family:
         return Tokens(parts, slice(begin["image"], begin["image"] + image))
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One attention call of a forward. stage, block: numbers, from 0."""
-
-    kind: Kind
-    stage: int
-    block: int
-
-
 def family_of(model: Any) -> Family | None:
     """The family of one of the host's models (`comfy.model_base.BaseModel`), or None."""
     name = type(model).__name__
     for family in FAMILIES:
-        if name in family.models and (family.having is None or _get(model.diffusion_model, family.having)):
+        if name in family.models and (family.having is None or at(model.diffusion_model, family.having)):
             return family
     return None
 
@@ -133,16 +120,16 @@ def family_of(model: Any) -> Family | None:
 def layers_of(family: Family, network: Any, references: bool = False) -> tuple[Layer, ...]:
     """The attention calls of one forward, in order. references: whether it has reference images."""
     return tuple(
-        Layer(kind, n, block)  # type: ignore[arg-type]
+        Layer(kind, (n, block), family.patch)  # type: ignore[arg-type]
         for n, stage in enumerate(family.stages)
         if references or not stage.references
-        for block, module in enumerate(_get(network, stage.blocks))
+        for block, module in enumerate(at(network, stage.blocks))
         for kind, _, needs in (call.partition("?") for call in stage.calls)
-        if not needs or _get(module, needs)
+        if not needs or at(module, needs)
     )
 
 
-def _get(module: Any, path: str) -> Any:
+def at(module: Any, path: str) -> Any:
     """What stands at a path of attributes and numbers, or None."""
 
     def step(found: Any, name: str) -> Any:

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from ..attention.edit import Edit
 from ..attention.taken import NOTHING, Taken, together
-from . import attentions, host
+from . import attentions, host, overrides
 from .conditioning import lay_out, own_conditionings, unguided_sources
+from .families import Family
 from .forward import fitting_groups, is_whole, join, one_after_another, parts, shrink_groups
 from .host import KEY
 from .latents import check_rows, tie_rows
@@ -30,6 +31,7 @@ from .network import Layers
 from .noise import tied_noise
 from .plug_and_play import copied_features
 from .run import IN_BATCH, Call, Entry, Forward, Reading, Run, Sources, Start, run_of
+from .stacking import longest, stack_branches
 from .state import with_edited_state
 
 
@@ -45,7 +47,8 @@ class Method(Protocol):
 class Hooks:
     """One edit, for one model: the wrappers that the host calls.
 
-    layers: of the model's network. methods: what the targets take from their source; they add up.
+    layers: of the model's network; family: of a transformer.
+    methods: what the targets take from their source; they add up.
     entries: what takes part in a run, in this order.
     unguided: whether the sources' positive conditioning is their negative one too.
     mark: what tells this edit's conditioning from others.
@@ -55,6 +58,7 @@ class Hooks:
     layers: Layers
     methods: tuple[Method, ...]
     entries: tuple[Entry, ...] = ()
+    family: Family | None = None
     unguided: bool = False
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
 
@@ -82,7 +86,9 @@ class Hooks:
         """Begin the run: check the batch, tie the pair's initial noise; drop the run's state at the end."""
         guider, branches = executor.class_obj, self.edit.branches
         check_rows(noise.shape[0], branches, "The latent")
-        run = Run(check_sigmas(sigmas.tolist()), tuple(noise.shape), branches, self.layers)
+        run = Run(
+            check_sigmas(sigmas.tolist()), tuple(noise.shape), branches, self.layers, family=self.family
+        )
         again = _again(guider, noise, latent_image, sampler, sigmas, args, kwargs)
         mask = args[0] if args else kwargs.get("denoise_mask")
         run.guests = tuple(entry.begin(run, Start(noise, sampler, mask, again)) for entry in self.entries)
@@ -120,7 +126,12 @@ class Hooks:
         sampler = executor.class_obj
         changed = tied_noise(sampler, noise, self.edit.branches, sigmas, extra_args)
         if run is not None:
-            run.lengths = own_conditionings(guider.conds, self.edit, self.mark)
+            if self.family is not None:
+                network = guider.inner_model.diffusion_model
+                run.texts = stack_branches(guider.conds, self.edit, self.mark, self.family, network)
+                run.lengths = {uuid: longest(texts) for uuid, texts in run.texts.items()}
+            else:
+                run.lengths = own_conditionings(guider.conds, self.edit, self.mark)
             if self.unguided:
                 unguided_sources(guider.conds, run.lengths, self.edit.branches)
             for guest in run.guests:
@@ -188,7 +199,9 @@ class Hooks:
         if run is None:
             return forward.to(executor)
         call = run.call(forward)
-        taken = NOTHING if call is None else together([method.taken(call) for method in self.methods])
+        taken = NOTHING
+        if call is not None and run.injecting:
+            taken = together([method.taken(call) for method in self.methods])
         sources = next(
             filter(None, (guest.sources(forward, call, taken) for guest in run.guests)), IN_BATCH
         )
@@ -206,7 +219,8 @@ class Hooks:
         self, executor: Any, run: Run, forward: Forward, call: Call | None, taken: Taken, sources: Sources
     ) -> Tensor:
         """The forward in groups of targets; what was read in it counts once all of them went well."""
-        readings = [] if call is None else [guest.watch(call, taken) for guest in run.guests]
+        watched = call if run.injecting else None
+        readings = [] if watched is None else [guest.watch(watched, taken) for guest in run.guests]
         read = [reading for reading in readings if reading is not None]
         sources.begin()
         pieces = parts(run, forward, sources)
@@ -230,12 +244,17 @@ def _through(
     """A forward, or a part of one, in which the targets take from their source."""
     if call is None:
         return forward.to(executor)
-    options, reached = attentions.fill(call, taken, readings, forward.options)
-    features: AbstractContextManager = nullcontext()
+    around: AbstractContextManager = nullcontext()
+    if call.run.family is not None:
+        network = executor.class_obj.diffusion_model
+        options, reached = overrides.fill(call, taken, readings, forward, network)
+        around = overrides.given(call, options, network)
+    else:
+        options, reached = attentions.fill(call, taken, readings, forward.options)
     if taken.features is not None:
         network = executor.class_obj.diffusion_model
-        features = copied_features(network, taken.features, call.rows(everywhere=True))
-    with features:
+        around = copied_features(network, taken.features, call.rows(everywhere=True))
+    with around:
         out = Forward(forward.x, forward.args, options, forward.kwargs).to(executor)
     if attentions.due(call, taken):
         run = call.run

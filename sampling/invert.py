@@ -14,6 +14,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 from tqdm.auto import trange
 
+from .families import family_of
 from .host import KEY
 from .network import layers_of
 from .trajectory import ModelIdentity, Trajectory
@@ -97,6 +98,12 @@ def _input_scale(sampling: Any, sigma: Tensor) -> Tensor:
 
 
 def _check(model: Any, positive: list, latent: dict, cfg: float, negative: list | None) -> None:
+    family = family_of(model.model)
+    if family is not None:
+        raise ValueError(
+            f"Invert Image does not work on transformers yet, and this model is {family.name}; use an SD1.x, "
+            "SD2.x or SDXL model."
+        )
     layers_of(model.get_model_object("diffusion_model"))
     if model.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY):
         raise ValueError(

@@ -232,6 +232,11 @@ class MapRecording:
         if handle is None:
             return Guest()
         reader = None
+        if handle.wanted and run.family is not None:
+            raise ValueError(
+                f"Attention Maps do not work on transformers yet, and this model is {run.family.name}; take "
+                "that node out."
+            )
         if handle.wanted:
             reader = MapReader(run, self.edit, self.edit.tokens, coarse_layers(run.layers), keep_steps=True)
         return _Recorder(run, self.handle, reader, start.again)

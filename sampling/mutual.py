@@ -25,7 +25,7 @@ class MutualSelfAttention:
         weights = [schedule.self_weight(call.progress, "mutual") for schedule in self.schedules]
         if not any(weights):
             return Taken()
-        layers = of_kind(call.run.layers, "self")
+        layers = of_kind(call.run.layers, "self", "joint")
         first = [round(schedule.mutual_layer * len(layers)) for schedule in self.schedules]
         by_weights: dict[tuple[float, ...], list[Layer]] = {}
         for number, layer in enumerate(layers):

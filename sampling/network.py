@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 
-from ..attention.taken import Layer
+from ..attention.taken import Kind, Layer
+from . import families
+from .families import FAMILIES, Family
 from .host import Downsample, SpatialTransformer, SpatialVideoTransformer, UNetModel, Upsample
 
-SUPPORTED = "SD1.x, SD2.x, SDXL and other models of ComfyUI's UNetModel class with cross-attention to text"
+SUPPORTED = (
+    "SD1.x, SD2.x, SDXL and other models of ComfyUI's UNetModel class with cross-attention to text, and on "
+    "these transformers: " + ", ".join(dict.fromkeys(family.name for family in FAMILIES))
+)
 
 Layers = tuple[Layer, ...]
 """A network's attention layers in the order in which a forward calls them."""
 
 
-def of_kind(layers: Layers, kind: Literal["self", "cross"]) -> Layers:
-    return tuple(layer for layer in layers if layer.kind == kind)
+def of_kind(layers: Layers, *kinds: Kind) -> Layers:
+    return tuple(layer for layer in layers if layer.kind in kinds)
 
 
-def layers_of(network: torch.nn.Module) -> Layers:
-    """The attention layers of a diffusion model.
+def layers_of(network: torch.nn.Module, family: Family | None = None) -> Layers:
+    """The attention layers of a diffusion model. family: of a transformer (`families.family_of`).
 
     Raises ValueError that names the class of a model without any that the pack can reach.
     """
+    if family is not None:
+        return families.layers_of(family, network)
     found = unet_layers(network) if isinstance(network, UNetModel) else ()
     if not found:
         raise ValueError(

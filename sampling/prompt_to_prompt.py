@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..attention.edit import Edit
-from ..attention.plan import Plan, make_plan
+from ..attention.plan import Padded, Plan, Repeated, make_plan
 from ..attention.schedule import TauSchedule
 from ..attention.taken import SelfTaken, Taken
 from .network import of_kind
@@ -29,13 +29,21 @@ class PromptToPrompt:
         weights = tuple(schedule.self_weight(call.progress, mode) for schedule in self.schedules)
         if not any(weights):
             return ()
-        layers = of_kind(call.run.layers, "self")
+        layers = of_kind(call.run.layers, "self", "joint")
         largest = tuple(schedule.self_resolution for schedule in self.schedules)
         return (SelfTaken("map", weights, layers, largest, everywhere),)
 
     def _plan(self, call: Call) -> Plan:
-        length = call.length
-        assert length is not None
         return call.run.once(
-            ("plan", length), lambda: make_plan(self.edit, self.tau, call.run.steps, length)
+            ("plan", call.length, call.texts),
+            lambda: make_plan(self.edit, self.tau, call.run.steps, self._layout(call)),
         )
+
+    def _layout(self, call: Call) -> Repeated | Padded:
+        family, length = call.run.family, call.length
+        assert length is not None
+        if family is None:
+            return Repeated(self.edit, length)
+        assert call.texts is not None
+        front = bool(family.front) or family.padding == "front"
+        return Padded(self.edit, [sum(parts) for parts in call.texts], length, front)

@@ -22,7 +22,7 @@ from . import host
 from .fingerprint import frozen, same
 from .forward import is_seen_whole
 from .host_memory import host_bytes, to_host
-from .network import Layer
+from .network import Layer, of_kind
 from .run import Call, Forward, Guest, Run, Sources, Start
 
 GIGABYTE = 2**30
@@ -59,7 +59,7 @@ class SourceForward:
             return False
         read: set[Layer] = set()
         if taken.cross is not None and taken.cross.moved is not None:
-            read |= {layer for layer in call.run.layers if layer.kind == "cross"}
+            read |= set(of_kind(call.run.layers, "cross", "joint"))
         for part in taken.self_:
             cap = max(c for w, c in zip(part.weights, part.largest, strict=True) if w)
             read |= {layer for layer in part.layers if self.grids.get(layer, 0.0) <= cap}

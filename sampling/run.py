@@ -14,10 +14,14 @@ from torch import Tensor
 from ..attention.inject import Attention, Rows, paired_rows
 from ..attention.schedule import step_of
 from ..attention.taken import Taken
+from .families import Family
 from .host import KEY
 from .network import Layer, Layers
 
 T = TypeVar("T")
+
+Lengths = tuple[tuple[int, ...], ...]
+"""Tokens of each branch's text, part by part, without padding."""
 
 Group = tuple[int, ...]
 """Numbers of targets, from 0."""
@@ -35,6 +39,11 @@ class Forward:
     args: tuple
     options: dict
     kwargs: dict
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the conditionings gave, by name."""
+        return {**self.kwargs, "c_crossattn": self.context}
 
     @property
     def context(self) -> Tensor | None:
@@ -116,7 +125,8 @@ class Call:
     batch: its rows b, in `chunks` conditionings. own: the chunks that are the pair's positive conditioning;
     the others are its negative ones, or other nodes'. size: height and width of the latent. tokens: L of the
     text, which the host may have repeated; length: t of the pair's own conditioning, None without an own
-    chunk. part: the targets that it computes.
+    chunk. part: the targets that it computes. texts: tokens of each branch's text without padding, of
+    transformers only.
     """
 
     run: Run
@@ -128,6 +138,7 @@ class Call:
     tokens: int
     length: int | None
     part: Part
+    texts: Lengths | None = None
 
     @property
     def step(self) -> int:
@@ -164,9 +175,12 @@ class Call:
         taking: of these targets, by number; of all of them by default.
         """
         chunks = tuple(range(self.chunks)) if everywhere else self.own
-        taking = None if taking is None else tuple(taking)
+        return self.rows_in(chunks, None if taking is None else tuple(taking), self.device)
+
+    def rows_in(self, chunks: tuple[int, ...], taking: Group | None, device: torch.device) -> Rows:
+        """The targets' rows in some chunks."""
         part, known = self.part, not self.part.sources.in_batch
-        key = ("rows", self.batch, self.chunk, chunks, part.targets, known, taking, self.device)
+        key = ("rows", self.batch, self.chunk, chunks, part.targets, known, taking, device)
         return self.run.once(
             key,
             lambda: paired_rows(
@@ -174,7 +188,7 @@ class Call:
                 part.targets,
                 [n * self.chunk for n in chunks],
                 self.chunk,
-                self.device,
+                device,
                 taking,
                 known,
             ),
@@ -261,8 +275,9 @@ class Run:
     """One sampling run; dropped at its end. It travels in the run's own `transformer_options`.
 
     sigmas: the run's list. shape: of the sampler's batch, (pairs x branches, channels, height, width).
-    branches: rows of a pair. layers: of the network. guests: what takes part in it.
-    lengths: uuid of each of the pair's own conditioning entries -> its number of tokens.
+    branches: rows of a pair. layers: of the network; family: of a transformer. guests: what takes part in it.
+    lengths: uuid of each of the pair's own conditioning entries -> its number of tokens; texts: and those of
+    each branch, of transformers.
     groups: the targets that go through the model together, all of them if memory allows.
     step, sigma: of the prediction under way. known_sigma: what was already read for the next prediction.
     injecting: whether the model calls under way belong to the pair's own prediction.
@@ -276,7 +291,9 @@ class Run:
     branches: int
     layers: Layers
     guests: tuple[Guest, ...] = ()
+    family: Family | None = None
     lengths: dict[uuid.UUID, int] = field(default_factory=dict)
+    texts: dict[uuid.UUID, Lengths] = field(default_factory=dict)
     groups: tuple[Group, ...] = ()
     step: int = 0
     sigma: float = 0.0
@@ -312,11 +329,12 @@ class Run:
     def call(self, forward: Forward) -> Call | None:
         """What a forward is to the run, or None where it is not part of the pair's own prediction.
 
+        Prompts that were padded are the run's in every forward.
         Raises ValueError where another node changed the rows of the call, or lengths of conditionings.
         """
-        if not self.injecting:
+        uuids = forward.options.get("uuids", ())
+        if not self.injecting and not any(len(set(self.texts.get(chunk, ()))) > 1 for chunk in uuids):
             return None
-        uuids = forward.options["uuids"]
         own = tuple(n for n, chunk in enumerate(uuids) if chunk in self.lengths)
         rows = forward.x.shape[0]
         if own and rows != len(uuids) * self.shape[0]:
@@ -342,6 +360,7 @@ class Run:
             0 if forward.context is None else forward.context.shape[1],
             lengths.pop() if lengths else None,
             Part(self.everyone),
+            self.texts.get(uuids[own[0]]) if own else None,
         )
 
 

@@ -109,7 +109,7 @@ def preview_callback(model: Any, steps: int, branches: int) -> Callable:
     columns = branches if branches <= MOST_IN_A_ROW else math.ceil(math.sqrt(branches))
 
     def callback(step: int, x0: Tensor, x: Tensor, total_steps: int) -> None:
-        images = x0[:branches]
+        images = x0[:branches] if x0.ndim == 4 else x0[:branches, :, 0]  # of clips the first frame
         blank = images.new_zeros(-branches % columns, *images.shape[1:])
         strip = rearrange(torch.cat([images, blank]), "(r n) c h w -> 1 c (r h) (n w)", n=columns)
         show(step, strip, x, total_steps)
