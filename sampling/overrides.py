@@ -453,7 +453,7 @@ def edits_of(call: Call, cross: CrossStep | None, parts: Sequence[SelfTaken]) ->
         chunks = [(call.own, in_own.get(kind), step), (others, in_others.get(kind), None)]
         if in_own.get(kind) == in_others.get(kind) and not gained:
             chunks = [((*call.own, *others), in_own.get(kind), None)]
-        edits += [_Edit(kind, where, tuple(w.items()), s) for where, w, s in chunks if w]  # type: ignore[arg-type]
+        edits += [_Edit(kind, where, tuple(w.items()), s) for where, w, s in chunks if w]
     return tuple(edits)
 
 

@@ -76,6 +76,6 @@ def feature_layers(layers: Layers) -> tuple[int, tuple[Layer, ...]]:
     """
     decoder = [layer for layer in of_kind(layers, "self") if layer.block[0] == "output"]
     scale = min(SCALE, max(layer.scale for layer in decoder))
-    numbers = sorted({layer.block[1] for layer in decoder if layer.scale == scale})
+    numbers = sorted({int(layer.block[1]) for layer in decoder if layer.scale == scale})
     number = numbers[min(1, len(numbers) - 1)]
-    return number, tuple(layer for layer in decoder if layer.block[1] >= number)
+    return number, tuple(layer for layer in decoder if int(layer.block[1]) >= number)

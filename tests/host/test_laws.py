@@ -772,6 +772,7 @@ def test_law_8_the_state_of_a_run_is_dropped_whoever_keeps_the_options(studio, e
         seen.append(len(options["transformer_options"]))
         if ends == "interrupted":
             raise Stop
+        return args[0]
 
     sample.class_obj = SimpleNamespace(model_options=options, conds={}, model_patcher=controlled)
     with suppress(Stop):
