@@ -16,16 +16,17 @@ from typing import Annotated, Any
 
 import typer
 
+from ..attention.schedule import SELF_MODES
 from . import engine, samplers
 from .select import PUBLISHED, Filter
 from .store import RUN, Store, StoreError
-from .table import BadRow, Row, TableError, read_range, read_table
-from .tries import Settings
+from .table import RANGES, BadRow, Row, TableError, read_range, read_table
+from .tries import INSTRUCTPIX2PIX, PUBLISHED_TRIES, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 BUNDLED_CLIP = ROOT / "demo" / "clip"
 PUBLISHED_CLIP = "openai/clip-vit-large-patch14"
-DEMO_SETTINGS = {"cfg": "4", "steps": 20, "width": 128, "height": 128}
+DEMO_SETTINGS = {"cfg": (4.0, 4.0), "steps": 20, "width": 128, "height": 128}
 SHOWN = 10
 """Bad rows that are printed one by one."""
 
@@ -40,6 +41,10 @@ app = typer.Typer(
 class Format(str, Enum):
     folder = "folder"
     webdataset = "webdataset"
+
+
+class Recipe(str, Enum):
+    instructpix2pix = "instructpix2pix"
 
 
 TableArgument = Annotated[
@@ -103,20 +108,55 @@ def make(
     demo: Annotated[
         bool, typer.Option("--demo", help="The bundled model: 128 px, guidance 4, 20 steps.")
     ] = False,
-    tries: Annotated[int, typer.Option(min=1, help="Pairs that are sampled of each row.")] = 4,
+    recipe: Annotated[
+        Recipe | None,
+        typer.Option(
+            help="Settings as published: self-attention alone, in both halves of guidance, and with it cfg, "
+            "steps, sampler and tries. Other options change single ones of them."
+        ),
+    ] = None,
+    tries: Annotated[
+        int | None,
+        typer.Option(min=1, help="Pairs that are sampled of each row.", show_default="4; with --recipe 100"),
+    ] = None,
     keep: KeepOption = 4,
     seed: Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")] = 0,
     cross_end: Annotated[
-        str, typer.Option(help="End of cross-attention's window: 0.8, or 0.4:0.9 to draw.")
-    ] = "0.8",
-    self_end: Annotated[str, typer.Option(help="End of self-attention's window, likewise.")] = "0.4",
-    self_resolution: Annotated[float, typer.Option(help="As in tau Scheduler; 1 for all layers.")] = 0.5,
-    cfg: Annotated[
-        str | None, typer.Option(help="Guidance: 7.5, or 7.5:15 to draw.", show_default="7.5")
+        str | None,
+        typer.Option(
+            help="End of cross-attention's window: 0.8, or 0.4:0.9 to draw.",
+            show_default="0.8; with --recipe 0",
+        ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(show_default="50")] = None,
-    sampler: Annotated[str, typer.Option(help="Any of ComfyUI's.")] = "euler",
-    scheduler: Annotated[str, typer.Option(help="Any of ComfyUI's.")] = "normal",
+    self_end: Annotated[
+        str | None,
+        typer.Option(
+            help="End of self-attention's window, likewise; with --recipe its p, for steps i of n with "
+            "i / (n - 1) below p.",
+            show_default="0.4; with --recipe 0.1:0.9",
+        ),
+    ] = None,
+    self_resolution: Annotated[
+        float | None,
+        typer.Option(help="As in tau Scheduler; 1 for all layers.", show_default="0.5; with --recipe 1"),
+    ] = None,
+    self_mode: Annotated[
+        str | None,
+        typer.Option(
+            help=f"As in tau Scheduler: {', '.join(SELF_MODES)}.",
+            show_default="map; with --recipe map in both halves",
+        ),
+    ] = None,
+    cfg: Annotated[
+        str | None,
+        typer.Option(help="Guidance: 7.5, or 7.5:15 to draw.", show_default="7.5; with --recipe 7.5:15"),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(show_default="50; with --recipe 100")] = None,
+    sampler: Annotated[
+        str | None,
+        typer.Option(help="Any of ComfyUI's.", show_default="euler; with --recipe euler_ancestral"),
+    ] = None,
+    scheduler: Annotated[str | None, typer.Option(help="Any of ComfyUI's.", show_default="normal")] = None,
     width: Annotated[int | None, typer.Option(help="px", show_default="512")] = None,
     height: Annotated[int | None, typer.Option(help="px", show_default="512")] = None,
     negative: Annotated[str, typer.Option(help="Negative prompt of source and target.")] = "",
@@ -149,7 +189,7 @@ def make(
         int,
         typer.Option(
             min=0,
-            help="Processor threads per worker; 0 for all, with --demo 1. Another number may change low bits",
+            help="Processor threads per worker; 0: all, with --demo 1. Another number may change low bits.",
         ),
     ] = 0,
     address: Annotated[
@@ -170,21 +210,24 @@ def make(
     sampling = [checkpoint is not None, demo, stand_in is not None]
     if sum(sampling) != 1:
         raise ValueError("name one of --checkpoint FILE, --demo and --stand-in SECONDS")
-    usual = {"cfg": "7.5", "steps": 50, "width": 512, "height": 512} | (DEMO_SETTINGS if demo else {})
-    given = {"cfg": cfg, "steps": steps, "width": width, "height": height}
-    chosen: dict[str, Any] = usual | {name: value for name, value in given.items() if value is not None}
-    settings = Settings(
-        cross_end=read_range(cross_end, "cross_end"),
-        self_end=read_range(self_end, "self_end"),
+    settings = chosen_settings(
+        demo,
+        recipe,
+        cross_end=cross_end,
+        self_end=self_end,
         self_resolution=self_resolution,
-        cfg=read_range(chosen.pop("cfg"), "cfg"),
-        **chosen,
+        self_mode=self_mode,
+        cfg=cfg,
+        steps=steps,
         sampler=sampler,
         scheduler=scheduler,
+        width=width,
+        height=height,
         negative=negative,
         batch=batch,
         seed=seed,
     )
+    tries = tries or (PUBLISHED_TRIES if recipe else 4)
     scores = _clip(clip, demo, stand_in)
     filter = _filter(
         keep, bool(scores), min_image, min_text, min_direction, min_ssim_outside, max_distance_outside
@@ -192,6 +235,7 @@ def make(
     rows = _checked(table)
     file = samplers.DEMO if demo else str(checkpoint.resolve()) if checkpoint else ""
     settings = replace(settings, **_model(file))  # type: ignore[arg-type]
+    engine.reach(address)
     out = out if "://" in out else str(Path(out).resolve())
     store = Store(out)
     store.prepare()
@@ -219,6 +263,16 @@ def make(
     _tell(counts, tries, store)
     if format is Format.webdataset:
         _shards(store)
+
+
+def chosen_settings(demo: bool, recipe: Recipe | None, **given: Any) -> Settings:
+    """Settings from the options that were given, the recipe's, those of the bundled model and the usual ones.
+
+    given: None for an option that was not; ranges as texts. The first of these that has a value sets it.
+    """
+    values = {name: value for name, value in given.items() if value is not None}
+    values |= {name: read_range(values[name], name) for name in RANGES if name in values}
+    return Settings(**{**(DEMO_SETTINGS if demo else {}), **(INSTRUCTPIX2PIX if recipe else {}), **values})
 
 
 def _scorer(address: str, clip: str | None) -> Any:
@@ -349,7 +403,7 @@ def _same_settings(store: Store, settings: Settings, chosen: Filter, clip: str |
     """Note the run; raise StoreError if the folder holds pairs that were made with other settings."""
     now = {"settings": asdict(settings), "clip": clip, "filter": asdict(chosen)}
     now = json.loads(json.dumps(now))
-    if store.exists(RUN):
+    if store.exists(RUN) and store.exists("images"):
         before = json.loads(store.read(RUN))
         other = [f"clip is {before['clip']}, not {clip}"] * (before["clip"] != clip) + [
             f"{name} is {before['settings'].get(name)}, not {value}"

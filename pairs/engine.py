@@ -329,7 +329,6 @@ def cluster(job: Job) -> Iterator[Any]:
 
     from ..tools.env import find_host
 
-    reach(job.cluster)
     with tempfile.TemporaryDirectory(prefix="pairs-") as scratch:
         environment: dict[str, Any] = {"env_vars": {"COMFYUI_PATH": str(find_host())}}
         if job.cluster:

@@ -88,6 +88,7 @@ class ComfySampler:
             Window(0.0, unit["cross_end"]),
             Window(0.0, unit["self_end"]),
             self_resolution=unit["self_resolution"],
+            self_mode=unit["self_mode"],
         )
         words, source_words = unit["blend_words"], unit["blend_source_words"]
         blend = read_blend(words, source_words, "", 0.3, 0.2) if words or source_words else None

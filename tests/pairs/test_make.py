@@ -142,6 +142,7 @@ def test_the_report_is_one_page_that_needs_nothing_else(whole: Path) -> None:
         (["--checkpoint", "nowhere.safetensors", "--clip", "none"], "nowhere.safetensors cannot be read"),
         (["--stand-in", "0", "--clip", "no/where"], "no CLIP in the folder or name on the hub no/where"),
         (["--stand-in", "0", "--cfg", "9:1"], "cfg is '9:1'"),
+        (["--stand-in", "0", "--self-mode", "both"], "self_mode is 'both'; expected one of map, mutual"),
         (["--stand-in", "0", "--width", "100"], "width is 100; expected a multiple of 8"),
         (["--stand-in", "0", "--out", "/proc/set"], "the folder /proc/set cannot be written"),
         (["--stand-in", "0", "--address", "127.0.0.1:9"], "no Ray cluster at 127.0.0.1:9"),
@@ -155,7 +156,7 @@ def test_what_cannot_start_says_why_in_one_line(
     done = run(*command, code=1, env=environment)
     assert message in done.stderr
     assert done.stderr.splitlines()[-1].startswith("pairs: ") and "Traceback" not in done.stderr
-    assert not list(tmp_path.rglob("*.png"))
+    assert not (tmp_path / "set").exists()
 
 
 def test_a_folder_of_other_settings_is_refused(table: Path, whole: Path) -> None:
