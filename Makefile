@@ -56,7 +56,7 @@ bench-inversion: env  ## edit pictures by every method and inversion; figures in
 	@$(VENV)/python benchmarks/inversion.py $(ARGS)
 
 pairs: env  ## a small training set of edited pairs on the bundled model, and output/pairs/example/report.html
-	@$(VENV)/python pairs make pairs/example.jsonl --out output/pairs/example --demo $(ARGS)
+	@$(VENV)/python pairs make pairs/example.jsonl --out output/pairs/example --demo --keep 2 $(ARGS)
 	@$(VENV)/python pairs report output/pairs/example
 
 bench-pairs: env  ## what the engine of pairs costs, how it scales, kills at random moments (an hour)

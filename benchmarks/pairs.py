@@ -1,12 +1,13 @@
 """Pairs at scale: what the engine costs, how it scales, and whether kills at random moments leave a trace.
 
-python benchmarks/pairs.py speed        pairs a minute against a plain loop, and with two workers
+python benchmarks/pairs.py speed        pairs a minute against a plain loop, and with more workers
 python benchmarks/pairs.py engine       a sampler that does nothing, over many rows; then the same again
 python benchmarks/pairs.py acceptance   how many rows have a pair after so many tries
 python benchmarks/pairs.py kills        kill drivers, workers and nodes at random moments, go on, compare
 
-Each prints its figures, and keeps them in output/pairs/NAME.json. Processor time is what a process and those
-that it started have used: other programs beside it do not change it.
+Each prints its figures, and keeps them in output/pairs/NAME.json; what is there is not measured again, and
+kills and speed go on after the last round there. Processor time is what a process and those that it started
+have used: other programs beside it change it little.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import os
 import random
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -70,14 +72,14 @@ class Nothing:
         pass
 
 
-def engine(options: argparse.Namespace) -> dict[str, Any]:
+def engine(options: argparse.Namespace, figures: dict[str, Any], keep: Callable[[], None]) -> None:
     """Rate over many rows of one try, memory of this process, and the time of a run that finds all done."""
     from p2p.pairs.engine import Counts, Job, run
     from p2p.pairs.select import Filter
     from p2p.pairs.table import read_table
     from p2p.pairs.tries import Settings
 
-    figures: dict[str, Any] = {"rows": options.rows, "memory_mb": []}
+    figures["memory_mb"] = []
     with TemporaryDirectory() as scratch:
         from p2p.pairs.store import Store
 
@@ -103,7 +105,6 @@ def engine(options: argparse.Namespace) -> dict[str, Any]:
         figures["resume_seconds"] = round(time.monotonic() - again, 1)
         figures["resume_processor_seconds"] = round(time.process_time() - used, 1)
         assert counts.done_before == options.rows
-    return figures
 
 
 def processor() -> float:
@@ -121,14 +122,32 @@ def memory() -> int:
     return pages * resource.getpagesize() // 2**20
 
 
-def speed(options: argparse.Namespace) -> dict[str, Any]:
-    """A plain loop, one and two workers, once the model is loaded: [pairs a minute, processor s a pair]."""
+def speed(options: argparse.Namespace, figures: dict[str, Any], keep: Callable[[], None]) -> None:
+    """A plain loop, one and two workers in turns, once the model is loaded: [pairs a minute, processor s a
+    pair] of each round. Then workers that sleep for half a second, which shows the engine alone."""
+    rounds = figures.setdefault("rounds", [])
     with TemporaryDirectory() as scratch:
         table = write_table(Path(scratch, "table.jsonl"), options.rows)
-        figures = {"pairs": options.rows * 2, "loop": plain_loop(Path(scratch, "loop"), table)}
-        for workers in (1, 2):
-            figures[f"workers_{workers}"] = with_workers(Path(scratch, str(workers)), table, workers)
-    return figures
+        while len(rounds) < options.rounds:
+            one: dict[str, Any] = {"load": os.getloadavg()[0]}
+            out = Path(scratch, str(len(rounds)))
+            one["loop"] = plain_loop(out / "loop", table)
+            for workers in (1, 2):
+                one[f"workers_{workers}"] = with_workers(demo_job(out / str(workers), workers), table)
+            rounds.append(one)
+            keep()
+        for workers in (1, 2, 8, 32):
+            name = f"asleep_{workers}"
+            if name not in figures:
+                some = write_table(Path(scratch, f"{name}.jsonl"), 8 * workers)
+                figures[name] = with_workers(asleep_job(Path(scratch, name), workers), some)
+                keep()
+    for name in ("workers_1", "workers_2"):
+        ratios = ([one[name][n] / one["loop"][n] for one in rounds] for n in (0, 1))
+        figures[f"{name}_of_loop"] = [round(statistics.median(found), 3) for found in ratios]
+    figures["workers_2_of_1"] = round(
+        statistics.median(one["workers_2"][0] / one["workers_1"][0] for one in rounds), 3
+    )
 
 
 def demo_job(out: Path, workers: int, clip: str | None = None, **settings: Any) -> Any:
@@ -142,8 +161,19 @@ def demo_job(out: Path, workers: int, clip: str | None = None, **settings: Any) 
     Store(str(out)).prepare()
     chosen = Settings(cfg=(4.0, 4.0), steps=20, width=128, height=128, **settings)
     make = partial(samplers.ComfySampler, str(out), samplers.DEMO, 1)
-    least = {} if clip is None else Filter().least
-    return Job(str(out), chosen, 2, Filter(least=least), make, partial(Scorer, str(out), clip), workers)
+    return Job(str(out), chosen, 2, Filter(least={}), make, partial(Scorer, str(out), clip), workers)
+
+
+def asleep_job(out: Path, workers: int) -> Any:
+    from p2p.pairs import samplers
+    from p2p.pairs.engine import Job
+    from p2p.pairs.select import Filter
+    from p2p.pairs.store import Store
+    from p2p.pairs.tries import Settings
+
+    Store(str(out)).prepare()
+    make = partial(samplers.StandIn, str(out), 0.5)
+    return Job(str(out), Settings(width=16, height=16), 2, Filter(least={}), make, None, workers, order=1)
 
 
 def plain_loop(out: Path, table: Path) -> list[float]:
@@ -168,7 +198,7 @@ def plain_loop(out: Path, table: Path) -> list[float]:
     return [round(rate, 1), round(used, 3)]
 
 
-def with_workers(out: Path, table: Path, workers: int) -> list[float]:
+def with_workers(job: Any, table: Path) -> list[float]:
     """From the first finished order of units to the last."""
     from p2p.pairs.engine import Counts, run
     from p2p.pairs.table import read_table
@@ -179,17 +209,17 @@ def with_workers(out: Path, table: Path, workers: int) -> list[float]:
         if finished:
             marks.append((time.monotonic(), processor(), counts.made))
 
-    run(demo_job(out, workers), read_table(str(table)), watch)
+    run(job, read_table(str(table)), watch)
     (begun, before, first), (ended, after, last) = marks[0], marks[-1]
     pairs = last - first
     return [round(60 * pairs / (ended - begun), 1), round((after - before) / pairs, 3)]
 
 
-def acceptance(options: argparse.Namespace) -> dict[str, Any]:
+def acceptance(options: argparse.Namespace, figures: dict[str, Any], keep: Callable[[], None]) -> None:
     """Shares of rows with a kept pair and of tries that pass, by number of tries; the bundled model."""
-    from p2p.pairs.command import BUNDLED_CLIP
     from p2p.pairs.engine import run
-    from p2p.pairs.select import Filter
+    from p2p.pairs.scores import DEMO
+    from p2p.pairs.select import BUNDLED, Filter
     from p2p.pairs.store import Store
     from p2p.pairs.table import read_table
 
@@ -197,39 +227,39 @@ def acceptance(options: argparse.Namespace) -> dict[str, Any]:
         table = write_table(Path(scratch, "table.jsonl"), options.rows)
         out = Path(scratch, "set")
         job = replace(
-            demo_job(out, os.cpu_count() or 1, str(BUNDLED_CLIP), cross_end=(0.2, 0.9)), tries=options.tries
+            demo_job(out, os.cpu_count() or 1, DEMO, cross_end=(0.2, 0.9)), tries=options.tries
         )
         run(job, read_table(str(table)))
         rows = list(Store(str(out)).rows())
-    passed = [[not Filter().reasons(values) for values in row["tries"]] for row in rows]
+    chosen = Filter(least=BUNDLED)
+    passed = [[not chosen.reasons(values) for values in row["tries"]] for row in rows]
     counts = [n for n in (1, 2, 4, 8, 16, 32) if n <= options.tries]
-    return {
-        "rows": len(rows),
-        "tries_that_pass": round(sum(map(sum, passed)) / sum(map(len, passed)), 3),
-        "rows_with_a_pair": {n: round(sum(any(row[:n]) for row in passed) / len(rows), 3) for n in counts},
+    figures["tries_that_pass"] = round(sum(map(sum, passed)) / sum(map(len, passed)), 3)
+    figures["rows_with_a_pair"] = {
+        n: round(sum(any(row[:n]) for row in passed) / len(rows), 3) for n in counts
     }
 
 
 VICTIMS = ("driver", "worker", "node", "disk")
 
 
-def kills(options: argparse.Namespace) -> dict[str, Any]:
+def kills(options: argparse.Namespace, figures: dict[str, Any], keep: Callable[[], None]) -> None:
     """Rounds of a run in which something dies at a random moment, and a run that nobody disturbs.
 
     driver: SIGKILL to the command. worker: to one of the processes that Ray started for it. node: a cluster
     of three nodes loses one. disk: the folder has room for a part of the set. Raises AssertionError if a set
     is not, byte for byte, the one of a run that was never disturbed.
     """
-    r = random.Random(options.seed)
-    figures: dict[str, Any] = {"rounds": 0, "went_on_by_themselves": 0, "files": 0}
-    figures["struck"] = dict.fromkeys(VICTIMS, 0)
+    if not figures:
+        figures |= {"rounds": 0, "went_on_by_themselves": 0, "struck": dict.fromkeys(VICTIMS, 0)}
     with TemporaryDirectory() as scratch:
         table = write_table(Path(scratch, "table.jsonl"), options.rows, unreadable=options.rows // 2)
         whole = Path(scratch, "whole")
         ended(command(table, whole))
         expected = digests(whole)
         figures["files"] = len(expected)
-        for number in range(options.rounds):
+        for number in range(figures["rounds"], options.rounds):
+            r = random.Random(f"{options.seed} {number}")
             out = Path(scratch, str(number))
             victim = options.victim or VICTIMS[number % len(VICTIMS)]
             with disk(out, small=victim == "disk") as grow:
@@ -243,8 +273,8 @@ def kills(options: argparse.Namespace) -> dict[str, Any]:
             figures["rounds"] += 1
             figures["struck"][victim] += struck
             figures["went_on_by_themselves"] += struck and code == 0
+            keep()
             print(f"round {number}: {victim}, {there} targets there then, all as undisturbed", flush=True)
-    return figures
 
 
 def command(table: Path, out: Path, *more: str) -> list[str]:
@@ -344,6 +374,8 @@ def main() -> None:
     for name, rows in (("speed", 20), ("engine", 100_000), ("acceptance", 24), ("kills", 40)):
         part = parts.add_parser(name)
         part.add_argument("--rows", type=int, default=rows)
+        if name == "speed":
+            part.add_argument("--rounds", type=int, default=3)
         if name == "acceptance":
             part.add_argument("--tries", type=int, default=16)
         if name == "kills":
@@ -352,12 +384,22 @@ def main() -> None:
             part.add_argument("--victim", choices=VICTIMS)
     options = parser.parse_args()
     load_pack()
-    figures = {"speed": speed, "engine": engine, "acceptance": acceptance, "kills": kills}[options.part](
-        options
-    )
-    OUT.mkdir(parents=True, exist_ok=True)
-    (OUT / f"{options.part}.json").write_text(json.dumps(figures, indent=1) + "\n")
-    print(json.dumps(figures, indent=1))
+    kept = OUT / f"{options.part}.json"
+    given = {name: value for name, value in vars(options).items() if name not in ("part", "rounds")}
+    figures: dict[str, Any] = {}
+    if kept.exists() and (before := json.loads(kept.read_text()))["options"] == given:
+        figures |= before["figures"]
+
+    def keep() -> None:
+        OUT.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps({"options": given, "figures": figures}, indent=1) + "\n")
+
+    if not figures or "rounds" in options:
+        {"speed": speed, "engine": engine, "acceptance": acceptance, "kills": kills}[options.part](
+            options, figures, keep
+        )
+        keep()
+    print(kept.read_text(), end="")
 
 
 if __name__ == "__main__":

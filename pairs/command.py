@@ -18,13 +18,13 @@ import typer
 
 from ..attention.schedule import SELF_MODES
 from . import engine, samplers
-from .select import PUBLISHED, Filter
+from .scores import BUNDLED_CLIP, DEMO, Scorer, check_clip
+from .select import BUNDLED, PUBLISHED, Filter
 from .store import RUN, Store, StoreError
 from .table import RANGES, BadRow, Row, TableError, read_range, read_table
 from .tries import INSTRUCTPIX2PIX, PUBLISHED_TRIES, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
-BUNDLED_CLIP = ROOT / "demo" / "clip"
 PUBLISHED_CLIP = "openai/clip-vit-large-patch14"
 DEMO_SETTINGS = {"cfg": (4.0, 4.0), "steps": 20, "width": 128, "height": 128}
 SHOWN = 10
@@ -60,10 +60,23 @@ DirArgument = Annotated[str, typer.Argument(help="The folder of a set.")]
 KeepOption = Annotated[
     int, typer.Option(min=1, help="Of each row at most so many pairs, the best by direction.")
 ]
-ImageOption = Annotated[float, typer.Option(help="Least CLIP similarity of both images.")]
-TextOption = Annotated[float, typer.Option(help="Least CLIP similarity of each image and its prompt.")]
+ImageOption = Annotated[
+    float | None,
+    typer.Option(help="Least CLIP similarity of both images.", show_default="0.7; of the bundled CLIP 0"),
+]
+TextOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Least CLIP similarity of each image and its prompt.",
+        show_default="0.2; of the bundled CLIP 0.7",
+    ),
+]
 DirectionOption = Annotated[
-    float, typer.Option(help="Least CLIP similarity of the images' change and the prompts' change.")
+    float | None,
+    typer.Option(
+        help="Least CLIP similarity of the images' change and the prompts' change.",
+        show_default="0.2; of the bundled CLIP 0.5",
+    ),
 ]
 OutsideOption = Annotated[
     float | None, typer.Option(help="Least SSIM outside of the blend's mask, for rows with blend words.")
@@ -170,9 +183,9 @@ def make(
             show_default=f"{PUBLISHED_CLIP}; with --demo the bundled one",
         ),
     ] = None,
-    min_image: ImageOption = PUBLISHED["clip_sim_image"],
-    min_text: TextOption = PUBLISHED["clip_sim_0"],
-    min_direction: DirectionOption = PUBLISHED["clip_sim_dir"],
+    min_image: ImageOption = None,
+    min_text: TextOption = None,
+    min_direction: DirectionOption = None,
     min_ssim_outside: OutsideOption = None,
     max_distance_outside: BackgroundOption = None,
     drop_rejected: Annotated[
@@ -230,7 +243,7 @@ def make(
     tries = tries or (PUBLISHED_TRIES if recipe else 4)
     scores = _clip(clip, demo, stand_in)
     filter = _filter(
-        keep, bool(scores), min_image, min_text, min_direction, min_ssim_outside, max_distance_outside
+        keep, scores, min_image, min_text, min_direction, min_ssim_outside, max_distance_outside
     )
     rows = _checked(table)
     file = samplers.DEMO if demo else str(checkpoint.resolve()) if checkpoint else ""
@@ -251,7 +264,7 @@ def make(
             if stand_in is not None
             else functools.partial(samplers.ComfySampler, out, file, threads or (1 if demo else cores))
         ),
-        scorer=functools.partial(_scorer, out, scores),
+        scorer=functools.partial(Scorer, out, scores),
         workers=workers,
         without_gpu=cores if file == samplers.DEMO and not address else 1,
         drop=drop_rejected,
@@ -275,20 +288,14 @@ def chosen_settings(demo: bool, recipe: Recipe | None, **given: Any) -> Settings
     return Settings(**{**(DEMO_SETTINGS if demo else {}), **(INSTRUCTPIX2PIX if recipe else {}), **values})
 
 
-def _scorer(address: str, clip: str | None) -> Any:
-    from .scores import Scorer
-
-    return Scorer(address, clip)
-
-
 @app.command()
 @in_one_line
 def filter(
     folder: DirArgument,
     keep: KeepOption = 4,
-    min_image: ImageOption = PUBLISHED["clip_sim_image"],
-    min_text: TextOption = PUBLISHED["clip_sim_0"],
-    min_direction: DirectionOption = PUBLISHED["clip_sim_dir"],
+    min_image: ImageOption = None,
+    min_text: TextOption = None,
+    min_direction: DirectionOption = None,
     min_ssim_outside: OutsideOption = None,
     max_distance_outside: BackgroundOption = None,
     format: FormatOption = Format.folder,
@@ -296,7 +303,7 @@ def filter(
     """Choose the kept pairs again, by the scores of all tries. Samples nothing."""
     store, run = _opened(folder)
     chosen = _filter(
-        keep, bool(run["clip"]), min_image, min_text, min_direction, min_ssim_outside, max_distance_outside
+        keep, run["clip"], min_image, min_text, min_direction, min_ssim_outside, max_distance_outside
     )
     with store.locked():
         engine.write_metadata(store, chosen)
@@ -329,28 +336,30 @@ def _opened(folder: str) -> tuple[Store, dict[str, Any]]:
 
 def _filter(
     keep: int,
-    scored: bool,
-    image: float,
-    text: float,
-    direction: float,
+    clip: str | None,
+    image: float | None,
+    text: float | None,
+    direction: float | None,
     ssim_outside: float | None,
     distance_outside: float | None,
 ) -> Filter:
-    least = {"clip_sim_image": image, "clip_sim_0": text, "clip_sim_1": text, "clip_sim_dir": direction}
-    least = least if scored else {}
+    """The limits that were given, and those of the CLIP that scored."""
+    given = {"clip_sim_image": image, "clip_sim_0": text, "clip_sim_1": text, "clip_sim_dir": direction}
+    usual = {None: {}, DEMO: BUNDLED}.get(clip, PUBLISHED)
+    least = {name: limit if given[name] is None else given[name] for name, limit in usual.items()}
     if ssim_outside is not None:
         least["ssim_outside"] = ssim_outside
     return Filter(keep, least, {} if distance_outside is None else {"distance_outside": distance_outside})
 
 
 def _clip(name: str | None, demo: bool, stand_in: float | None) -> str | None:
-    """Folder or name of the CLIP that scores; raises ValueError if there is none."""
+    """Folder or name of the CLIP that scores, or DEMO. Raises ValueError if there is none."""
     if name == "none" or (name is None and stand_in is not None):
         return None
-    from .scores import check_clip
-
     name = name or (str(BUNDLED_CLIP) if demo else PUBLISHED_CLIP)
     name = str(Path(name).resolve()) if Path(name).exists() else name
+    if name == str(BUNDLED_CLIP):
+        return DEMO
     check_clip(name)
     return name
 
@@ -420,13 +429,18 @@ def _same_settings(store: Store, settings: Settings, chosen: Filter, clip: str |
 class _progress:
     """A bar with rate and time left, alone on the terminal: what Ray's own code writes there is left out."""
 
+    STREAMS = (1, 2)
+
     def __enter__(self) -> Callable[[engine.Counts, int], None]:
         from tqdm import tqdm
 
         often = 0.5 if sys.stderr.isatty() else 15.0
+        sys.stdout.flush()
+        self.kept = [os.dup(stream) for stream in self.STREAMS]
         self.stderr = os.fdopen(os.dup(2), "w")
         with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
+            for stream in self.STREAMS:
+                os.dup2(nowhere.fileno(), stream)
         self.bar = tqdm(total=0, unit=" pairs", mininterval=often, dynamic_ncols=True, file=self.stderr)
         return self.watch
 
@@ -437,8 +451,11 @@ class _progress:
 
     def __exit__(self, *_: Any) -> None:
         self.bar.close()
-        os.dup2(self.stderr.fileno(), 2)
         self.stderr.close()
+        sys.stdout.flush()
+        for stream, kept in zip(self.STREAMS, self.kept, strict=True):
+            os.dup2(kept, stream)
+            os.close(kept)
 
 
 def _tell(counts: engine.Counts, tries: int, store: Store) -> None:
