@@ -4,6 +4,7 @@ python benchmarks/pairs.py speed        pairs a minute against a plain loop, and
 python benchmarks/pairs.py engine       a sampler that does nothing, over many rows; then the same again
 python benchmarks/pairs.py acceptance   how many rows have a pair after so many tries
 python benchmarks/pairs.py kills        kill drivers, workers and nodes at random moments, go on, compare
+python benchmarks/pairs.py cost         hours of a GPU for a set, from the operations that SD1.5 takes
 
 Each prints its figures, and keeps them in output/pairs/NAME.json; what is there is not measured again, and
 kills and speed go on after the last round there. Processor time is what a process and those that it started
@@ -240,6 +241,56 @@ def acceptance(options: argparse.Namespace, figures: dict[str, Any], keep: Calla
     }
 
 
+def cost(options: argparse.Namespace, figures: dict[str, Any], keep: Callable[[], None]) -> None:
+    """GPU hours of a set with SD1.5 at 512 px, on paper.
+
+    A try is two images, each of two halves of guidance in each step, decoded and seen by CLIP ViT-L/14.
+    """
+    figures["tflop"] = tflop = operations()
+    for name, (steps, per_pair) in {"published": (100, 25), "usual": (50, 2)}.items():
+        one = 2 * (2 * steps * tflop["unet"] + tflop["vae"] + tflop["clip"])
+        hours = options.pairs * per_pair * one / (options.peak * options.utilization) / 3600
+        figures[name] = {
+            "tries_per_kept_pair": per_pair,
+            "tflop_a_try": round(one, 1),
+            "tries_a_second": round(options.peak * options.utilization / one, 2),
+            "gpu_hours": round(hours),
+            "hours_on_32": round(hours / 32, 1),
+        }
+
+
+def operations() -> dict[str, float]:
+    """10^12 operations of a forward of SD1.5's U-Net, its VAE's decoder, and the image tower of ViT-L/14."""
+    import comfy.supported_models
+    import torch
+    from comfy.ldm.models.autoencoder import AutoencoderKL
+    from models import COMMON, SD15
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    with torch.device("meta"):
+        config = comfy.supported_models.SD15({**COMMON, **SD15})
+        config.set_inference_dtype(torch.float32, None)
+        unet = config.get_model({}, "", device=torch.device("meta")).diffusion_model.to("meta")
+        layout = {"double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3}
+        layout |= {"ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": []}
+        vae = AutoencoderKL(ddconfig={**layout, "dropout": 0.0}, embed_dim=4)
+        width = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
+        clip = CLIPVisionModel(CLIPVisionConfig(**width, num_attention_heads=16, patch_size=14))
+        latent, tokens = torch.empty(1, 4, 64, 64), torch.empty(1, 77, 768)
+        calls: dict[str, Callable[[], Any]] = {
+            "unet": lambda: unet(latent, torch.empty(1), tokens),
+            "vae": lambda: vae.decode(latent),
+            "clip": lambda: clip(torch.empty(1, 3, 224, 224)),
+        }
+        found = {}
+        for name, call in calls.items():
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                call()
+            found[name] = round(counter.get_total_flops() / 1e12, 3)
+    return found
+
+
 VICTIMS = ("driver", "worker", "node", "disk")
 
 
@@ -366,13 +417,21 @@ def nodes() -> Iterator[tuple[str, Callable[[], bool]]]:
         cluster.shutdown()
 
 
+PARTS = {"speed": speed, "engine": engine, "acceptance": acceptance, "kills": kills, "cost": cost}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parts = parser.add_subparsers(dest="part", required=True)
-    for name, rows in (("speed", 20), ("engine", 100_000), ("acceptance", 24), ("kills", 40)):
+    for name, rows in (("speed", 20), ("engine", 100_000), ("acceptance", 24), ("kills", 40), ("cost", 0)):
         part = parts.add_parser(name)
+        if name == "cost":
+            part.add_argument("--pairs", type=int, default=300_000)
+            part.add_argument("--peak", type=float, default=989.0, help="TFLOP/s; H100 SXM, bfloat16, dense")
+            part.add_argument("--utilization", type=float, default=0.3, help="of the peak")
+            continue
         part.add_argument("--rows", type=int, default=rows)
         if name == "speed":
             part.add_argument("--rounds", type=int, default=3)
@@ -395,9 +454,7 @@ def main() -> None:
         kept.write_text(json.dumps({"options": given, "figures": figures}, indent=1) + "\n")
 
     if not figures or "rounds" in options:
-        {"speed": speed, "engine": engine, "acceptance": acceptance, "kills": kills}[options.part](
-            options, figures, keep
-        )
+        PARTS[options.part](options, figures, keep)
         keep()
     print(kept.read_text(), end="")
 

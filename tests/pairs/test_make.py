@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 from p2p.pairs.fields import COLUMNS
+from p2p.pairs.select import BUNDLED, PUBLISHED, Filter
+from p2p.pairs.store import Store
 from p2p.tests.pairs.conftest import COMMAND, edits, files, lines, make, run, started
 
 
@@ -133,6 +135,23 @@ def test_the_report_is_one_page_that_needs_nothing_else(whole: Path) -> None:
     assert "12 rows, 24 tries, <b>24 pairs kept</b>" in page
     assert page.count("data:image/jpeg") == 2 * 3 * 6
     assert "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_the_bundled_model_is_sampled_and_scored_by_the_bundled_clip(table: Path, tmp_path: Path) -> None:
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(table.read_text().splitlines(True)[:2]))
+    recipe = ["--recipe", "instructpix2pix", "--steps", "3", "--cfg", "4"]
+    out = tmp_path / "set"
+    run(*make(few, out, "--demo", *recipe, "--width", "64", "--height", "64", "--min-direction", "-1"))
+    noted = json.loads((out / ".pairs" / "run.json").read_text())
+    assert noted["clip"] == "demo" and noted["filter"]["least"] == {**BUNDLED, "clip_sim_dir": -1.0}
+    tries = [values for row in Store(str(out)).rows() for values in row["tries"]]
+    assert len(tries) == 4
+    for values in tries:
+        assert values["self_mode"] == "map in both halves" and values["self_end"] in (1 / 3, 2 / 3)
+        assert all(-1 <= values[name] <= 1 for name in PUBLISHED)
+    kept = Filter(**noted["filter"]).kept(Store(str(out)).rows())
+    assert [values["id"] for values in kept] == [line["id"] for line in lines(out)]
 
 
 @pytest.mark.parametrize(
