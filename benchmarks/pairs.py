@@ -272,10 +272,10 @@ def operations() -> dict[str, float]:
         config = comfy.supported_models.SD15({**COMMON, **SD15})
         config.set_inference_dtype(torch.float32, None)
         unet = config.get_model({}, "", device=torch.device("meta")).diffusion_model.to("meta")
-        layout = {"double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3}
+        layout: dict[str, Any] = {"double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3}
         layout |= {"ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": []}
         vae = AutoencoderKL(ddconfig={**layout, "dropout": 0.0}, embed_dim=4)
-        width = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
+        width: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
         clip = CLIPVisionModel(CLIPVisionConfig(**width, num_attention_heads=16, patch_size=14))
         latent, tokens = torch.empty(1, 4, 64, 64), torch.empty(1, 77, 768)
         calls: dict[str, Callable[[], Any]] = {

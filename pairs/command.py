@@ -241,13 +241,13 @@ def make(
         seed=seed,
     )
     tries = tries or (PUBLISHED_TRIES if recipe else 4)
+    file = samplers.DEMO if demo else str(checkpoint.resolve()) if checkpoint else ""
+    settings = replace(settings, **_model(file))  # type: ignore[arg-type]
     scores = _clip(clip, demo, stand_in)
     filter = _filter(
         keep, scores, min_image, min_text, min_direction, min_ssim_outside, max_distance_outside
     )
     rows = _checked(table)
-    file = samplers.DEMO if demo else str(checkpoint.resolve()) if checkpoint else ""
-    settings = replace(settings, **_model(file))  # type: ignore[arg-type]
     engine.reach(address)
     out = out if "://" in out else str(Path(out).resolve())
     store = Store(out)
@@ -345,8 +345,10 @@ def _filter(
 ) -> Filter:
     """The limits that were given, and those of the CLIP that scored."""
     given = {"clip_sim_image": image, "clip_sim_0": text, "clip_sim_1": text, "clip_sim_dir": direction}
-    usual = {None: {}, DEMO: BUNDLED}.get(clip, PUBLISHED)
-    least = {name: limit if given[name] is None else given[name] for name, limit in usual.items()}
+    least = {}
+    if clip:
+        usual = BUNDLED if clip == DEMO else PUBLISHED
+        least = {**usual, **{name: limit for name, limit in given.items() if limit is not None}}
     if ssim_outside is not None:
         least["ssim_outside"] = ssim_outside
     return Filter(keep, least, {} if distance_outside is None else {"distance_outside": distance_outside})

@@ -165,6 +165,7 @@ def test_the_bundled_model_is_sampled_and_scored_by_the_bundled_clip(table: Path
         (["--stand-in", "0", "--width", "100"], "width is 100; expected a multiple of 8"),
         (["--stand-in", "0", "--out", "/proc/set"], "the folder /proc/set cannot be written"),
         (["--stand-in", "0", "--address", "127.0.0.1:9"], "no Ray cluster at 127.0.0.1:9"),
+        (["--stand-in", "0", "--address", "cluster"], "is 'cluster'; expected HOST:PORT"),
     ],
 )
 def test_what_cannot_start_says_why_in_one_line(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from p2p.pairs.samplers import DEMO, ComfySampler
+from p2p.pairs.samplers import DEMO, ComfySampler, load_checkpoint
 from p2p.pairs.scores import Scorer
 from p2p.pairs.store import Store, image_names
 from p2p.pairs.table import Row
@@ -102,6 +102,12 @@ def test_a_row_that_cannot_be_sampled_is_its_own_fault(sampler: ComfySampler) ->
     (unit,) = expand(replace(ROW, options={"blend_words": "fox"}), SETTINGS, 1)
     with pytest.raises(ValueError, match="fox"):
         sampler.make(unit)
+
+
+def test_a_file_that_is_no_checkpoint_is_named(sampler: ComfySampler, tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").write_bytes(b"no checkpoint")
+    with pytest.raises(ValueError, match=r"x\.safetensors is no checkpoint that ComfyUI can load"):
+        load_checkpoint(str(tmp_path / "x.safetensors"))
 
 
 def test_an_unknown_sampler_is_everyones(sampler: ComfySampler) -> None:
