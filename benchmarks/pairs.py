@@ -272,8 +272,8 @@ def operations() -> dict[str, float]:
         config = comfy.supported_models.SD15({**COMMON, **SD15})
         config.set_inference_dtype(torch.float32, None)
         unet = config.get_model({}, "", device=torch.device("meta")).diffusion_model.to("meta")
-        layout: dict[str, Any] = {"double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3}
-        layout |= {"ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": []}
+        layout: dict[str, Any] = {"double_z": True, "z_channels": 4, "in_channels": 3, "out_ch": 3, "ch": 128}
+        layout |= {"ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [], "resolution": 256}
         vae = AutoencoderKL(ddconfig={**layout, "dropout": 0.0}, embed_dim=4)
         width: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
         clip = CLIPVisionModel(CLIPVisionConfig(**width, num_attention_heads=16, patch_size=14))

@@ -343,12 +343,13 @@ def _filter(
     ssim_outside: float | None,
     distance_outside: float | None,
 ) -> Filter:
-    """The limits that were given, and those of the CLIP that scored."""
+    """The limits that were given, and those of the CLIP that scores."""
     given = {"clip_sim_image": image, "clip_sim_0": text, "clip_sim_1": text, "clip_sim_dir": direction}
-    least = {}
-    if clip:
-        usual = BUNDLED if clip == DEMO else PUBLISHED
-        least = {**usual, **{name: limit for name, limit in given.items() if limit is not None}}
+    known = {name: limit for name, limit in given.items() if limit is not None}
+    if known and not clip:
+        raise ValueError("--min-image, --min-text and --min-direction need a CLIP that scores: see --clip")
+    usual = {} if not clip else BUNDLED if clip == DEMO else PUBLISHED
+    least = {**usual, **known}
     if ssim_outside is not None:
         least["ssim_outside"] = ssim_outside
     return Filter(keep, least, {} if distance_outside is None else {"distance_outside": distance_outside})

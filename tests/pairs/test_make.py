@@ -160,6 +160,7 @@ def test_the_bundled_model_is_sampled_and_scored_by_the_bundled_clip(table: Path
         ([], "name one of --checkpoint"),
         (["--checkpoint", "nowhere.safetensors", "--clip", "none"], "nowhere.safetensors cannot be read"),
         (["--stand-in", "0", "--clip", "no/where"], "no CLIP in the folder or name on the hub no/where"),
+        (["--stand-in", "0", "--min-text", "0.3"], "need a CLIP that scores"),
         (["--stand-in", "0", "--cfg", "9:1"], "cfg is '9:1'"),
         (["--stand-in", "0", "--self-mode", "both"], "self_mode is 'both'; expected one of map, mutual"),
         (["--stand-in", "0", "--width", "100"], "width is 100; expected a multiple of 8"),
