@@ -30,6 +30,9 @@ DEMO_SETTINGS = {"cfg": (4.0, 4.0), "steps": 20, "width": 128, "height": 128}
 SHOWN = 10
 """Bad rows that are printed one by one."""
 
+SAMPLED, KEPT, WHERE = "What is sampled", "Which pairs are kept", "Where it runs"
+"""Panels of the help."""
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -58,17 +61,25 @@ TableArgument = Annotated[
 OutOption = Annotated[str, typer.Option(help="The set's folder, or an address such as s3://bucket/pairs.")]
 DirArgument = Annotated[str, typer.Argument(help="The folder of a set.")]
 KeepOption = Annotated[
-    int, typer.Option(min=1, help="Of each row at most so many pairs, the best by direction.")
+    int,
+    typer.Option(
+        min=1, help="Of each row at most so many pairs, the best by direction.", rich_help_panel=KEPT
+    ),
 ]
 ImageOption = Annotated[
     float | None,
-    typer.Option(help="Least CLIP similarity of both images.", show_default="0.7; of the bundled CLIP 0"),
+    typer.Option(
+        help="Least CLIP similarity of both images.",
+        show_default="0.7; of the bundled CLIP 0",
+        rich_help_panel=KEPT,
+    ),
 ]
 TextOption = Annotated[
     float | None,
     typer.Option(
         help="Least CLIP similarity of each image and its prompt.",
         show_default="0.2; of the bundled CLIP 0.7",
+        rich_help_panel=KEPT,
     ),
 ]
 DirectionOption = Annotated[
@@ -76,13 +87,18 @@ DirectionOption = Annotated[
     typer.Option(
         help="Least CLIP similarity of the images' change and the prompts' change.",
         show_default="0.2; of the bundled CLIP 0.5",
+        rich_help_panel=KEPT,
     ),
 ]
 OutsideOption = Annotated[
-    float | None, typer.Option(help="Least SSIM outside of the blend's mask, for rows with blend words.")
+    float | None,
+    typer.Option(
+        help="Least SSIM outside of the blend's mask, for rows with blend words.", rich_help_panel=KEPT
+    ),
 ]
 BackgroundOption = Annotated[
-    float | None, typer.Option(help="Largest distance outside of the blend's mask, 0 to 1.")
+    float | None,
+    typer.Option(help="Largest distance outside of the blend's mask, 0 to 1.", rich_help_panel=KEPT),
 ]
 FormatOption = Annotated[Format, typer.Option(help="webdataset also writes shards, into DIR/webdataset.")]
 
@@ -116,29 +132,44 @@ def make(
     table: TableArgument,
     out: OutOption,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="A checkpoint with model, CLIP and VAE, as ComfyUI loads it.")
+        Path | None,
+        typer.Option(
+            help="A checkpoint with model, CLIP and VAE, as ComfyUI loads it.", rich_help_panel=SAMPLED
+        ),
     ] = None,
     demo: Annotated[
-        bool, typer.Option("--demo", help="The bundled model: 128 px, guidance 4, 20 steps.")
+        bool,
+        typer.Option(
+            "--demo", help="The bundled model: 128 px, guidance 4, 20 steps.", rich_help_panel=SAMPLED
+        ),
     ] = False,
     recipe: Annotated[
         Recipe | None,
         typer.Option(
             help="Settings as published: self-attention alone, in both halves of guidance, and with it cfg, "
-            "steps, sampler and tries. Other options change single ones of them."
+            "steps, sampler and tries. Other options change single ones of them.",
+            rich_help_panel=SAMPLED,
         ),
     ] = None,
     tries: Annotated[
         int | None,
-        typer.Option(min=1, help="Pairs that are sampled of each row.", show_default="4; with --recipe 100"),
+        typer.Option(
+            min=1,
+            help="Pairs that are sampled of each row.",
+            show_default="4; with --recipe 100",
+            rich_help_panel=SAMPLED,
+        ),
     ] = None,
     keep: KeepOption = 4,
-    seed: Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of everything that is drawn.", rich_help_panel=SAMPLED)
+    ] = 0,
     cross_end: Annotated[
         str | None,
         typer.Option(
             help="End of cross-attention's window: 0.8, or 0.4:0.9 to draw.",
             show_default="0.8; with --recipe 0",
+            rich_help_panel=SAMPLED,
         ),
     ] = None,
     self_end: Annotated[
@@ -147,40 +178,68 @@ def make(
             help="End of self-attention's window, likewise; with --recipe its p, for steps i of n with "
             "i / (n - 1) below p.",
             show_default="0.4; with --recipe 0.1:0.9",
+            rich_help_panel=SAMPLED,
         ),
     ] = None,
     self_resolution: Annotated[
         float | None,
-        typer.Option(help="As in tau Scheduler; 1 for all layers.", show_default="0.5; with --recipe 1"),
+        typer.Option(
+            help="As in tau Scheduler; 1 for all layers.",
+            show_default="0.5; with --recipe 1",
+            rich_help_panel=SAMPLED,
+        ),
     ] = None,
     self_mode: Annotated[
         str | None,
         typer.Option(
             help=f"As in tau Scheduler: {', '.join(SELF_MODES)}.",
             show_default="map; with --recipe map in both halves",
+            rich_help_panel=SAMPLED,
         ),
     ] = None,
     cfg: Annotated[
         str | None,
-        typer.Option(help="Guidance: 7.5, or 7.5:15 to draw.", show_default="7.5; with --recipe 7.5:15"),
+        typer.Option(
+            help="Guidance: 7.5, or 7.5:15 to draw.",
+            show_default="7.5; with --recipe 7.5:15",
+            rich_help_panel=SAMPLED,
+        ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(show_default="50; with --recipe 100")] = None,
+    steps: Annotated[
+        int | None, typer.Option(show_default="50; with --recipe 100", rich_help_panel=SAMPLED)
+    ] = None,
     sampler: Annotated[
         str | None,
-        typer.Option(help="Any of ComfyUI's.", show_default="euler; with --recipe euler_ancestral"),
+        typer.Option(
+            help="Any of ComfyUI's.",
+            show_default="euler; with --recipe euler_ancestral",
+            rich_help_panel=SAMPLED,
+        ),
     ] = None,
-    scheduler: Annotated[str | None, typer.Option(help="Any of ComfyUI's.", show_default="normal")] = None,
-    width: Annotated[int | None, typer.Option(help="px", show_default="512")] = None,
-    height: Annotated[int | None, typer.Option(help="px", show_default="512")] = None,
-    negative: Annotated[str, typer.Option(help="Negative prompt of source and target.")] = "",
+    scheduler: Annotated[
+        str | None, typer.Option(help="Any of ComfyUI's.", show_default="normal", rich_help_panel=SAMPLED)
+    ] = None,
+    width: Annotated[int | None, typer.Option(help="px", show_default="512", rich_help_panel=SAMPLED)] = None,
+    height: Annotated[
+        int | None, typer.Option(help="px", show_default="512", rich_help_panel=SAMPLED)
+    ] = None,
+    negative: Annotated[
+        str, typer.Option(help="Negative prompt of source and target.", rich_help_panel=SAMPLED)
+    ] = "",
     batch: Annotated[
-        int, typer.Option(min=1, help="Tries of a row that are sampled together; they share what is drawn.")
+        int,
+        typer.Option(
+            min=1,
+            help="Tries of a row that are sampled together; they share what is drawn.",
+            rich_help_panel=SAMPLED,
+        ),
     ] = 1,
     clip: Annotated[
         str | None,
         typer.Option(
             help="The CLIP or SigLIP that scores: a folder or a name on the hub; none for no such scores.",
             show_default=f"{PUBLISHED_CLIP}; with --demo the bundled one",
+            rich_help_panel=KEPT,
         ),
     ] = None,
     min_image: ImageOption = None,
@@ -189,13 +248,17 @@ def make(
     min_ssim_outside: OutsideOption = None,
     max_distance_outside: BackgroundOption = None,
     drop_rejected: Annotated[
-        bool, typer.Option("--drop-rejected", help="Delete the images of tries that are not kept.")
+        bool,
+        typer.Option(
+            "--drop-rejected", help="Delete the images of tries that are not kept.", rich_help_panel=KEPT
+        ),
     ] = False,
     workers: Annotated[
         int,
         typer.Option(
             min=0,
             help="Sampling processes; 0: one per GPU, or one without, with --demo one per core.",
+            rich_help_panel=WHERE,
         ),
     ] = 0,
     threads: Annotated[
@@ -203,16 +266,19 @@ def make(
         typer.Option(
             min=0,
             help="Processor threads per worker; 0: all, with --demo 1. Another number may change low bits.",
+            rich_help_panel=WHERE,
         ),
     ] = 0,
     address: Annotated[
-        str | None, typer.Option(help="HOST:PORT of a Ray cluster; without it Ray starts here.")
+        str | None,
+        typer.Option(help="HOST:PORT of a Ray cluster; without it Ray starts here.", rich_help_panel=WHERE),
     ] = None,
     format: FormatOption = Format.folder,
     stand_in: Annotated[
         float | None,
         typer.Option(
-            help="Sample nothing: draw flat images that take so many seconds, to try a table or a cluster."
+            help="Sample nothing: draw flat images that take so many seconds, to try a table or a cluster.",
+            rich_help_panel=SAMPLED,
         ),
     ] = None,
 ) -> None:
@@ -244,9 +310,7 @@ def make(
     file = samplers.DEMO if demo else str(checkpoint.resolve()) if checkpoint else ""
     settings = replace(settings, **_model(file))  # type: ignore[arg-type]
     scores = _clip(clip, demo, stand_in)
-    filter = _filter(
-        keep, scores, min_image, min_text, min_direction, min_ssim_outside, max_distance_outside
-    )
+    filter = _filter(keep, scores, min_image, min_text, min_direction, min_ssim_outside, max_distance_outside)
     rows = _checked(table)
     engine.reach(address)
     out = out if "://" in out else str(Path(out).resolve())
