@@ -126,6 +126,7 @@ def memory() -> int:
 def speed(options: argparse.Namespace, figures: dict[str, Any], keep: Callable[[], None]) -> None:
     """A plain loop, one and two workers in turns, once the model is loaded: [pairs a minute, processor s a
     pair] of each round. Then workers that sleep for half a second, which shows the engine alone."""
+    os.environ.setdefault("RAY_worker_niceness", "0")  # beside other programs no lower than the loop
     rounds = figures.setdefault("rounds", [])
     with TemporaryDirectory() as scratch:
         table = write_table(Path(scratch, "table.jsonl"), options.rows)
@@ -227,9 +228,7 @@ def acceptance(options: argparse.Namespace, figures: dict[str, Any], keep: Calla
     with TemporaryDirectory() as scratch:
         table = write_table(Path(scratch, "table.jsonl"), options.rows)
         out = Path(scratch, "set")
-        job = replace(
-            demo_job(out, os.cpu_count() or 1, DEMO, cross_end=(0.2, 0.9)), tries=options.tries
-        )
+        job = replace(demo_job(out, os.cpu_count() or 1, DEMO, cross_end=(0.2, 0.9)), tries=options.tries)
         run(job, read_table(str(table)))
         rows = list(Store(str(out)).rows())
     chosen = Filter(least=BUNDLED)
