@@ -1,6 +1,6 @@
 """Pairs at scale: what the engine costs, how it scales, and whether kills at random moments leave a trace.
 
-python benchmarks/pairs.py speed        pairs a minute against a plain loop, and with more workers
+python benchmarks/pairs.py speed        one and two workers beside a plain loop of the same sampling
 python benchmarks/pairs.py engine       a sampler that does nothing, over many rows; then the same again
 python benchmarks/pairs.py acceptance   how many rows have a pair after so many tries
 python benchmarks/pairs.py kills        kill drivers, workers and nodes at random moments, go on, compare
@@ -124,32 +124,56 @@ def memory() -> int:
 
 
 def speed(options: argparse.Namespace, figures: dict[str, Any], keep: Callable[[], None]) -> None:
-    """A plain loop, one and two workers in turns, once the model is loaded: [pairs a minute, processor s a
-    pair] of each round. Then workers that sleep for half a second, which shows the engine alone."""
-    os.environ.setdefault("RAY_worker_niceness", "0")  # beside other programs no lower than the loop
+    """One and two workers, each beside a plain loop of the same sampling that runs at the same time, so that
+    other programs slow both alike; and workers that sleep for half a second, which shows the engine alone."""
+    os.environ.setdefault("RAY_worker_niceness", "0")  # no lower than the loop's
     rounds = figures.setdefault("rounds", [])
     with TemporaryDirectory() as scratch:
         table = write_table(Path(scratch, "table.jsonl"), options.rows)
         while len(rounds) < options.rounds:
-            one: dict[str, Any] = {"load": os.getloadavg()[0]}
-            out = Path(scratch, str(len(rounds)))
-            one["loop"] = plain_loop(out / "loop", table)
+            one: dict[str, Any] = {"load": round(os.getloadavg()[0], 1)}
             for workers in (1, 2):
-                one[f"workers_{workers}"] = with_workers(demo_job(out / str(workers), workers), table)
+                out = Path(scratch, f"{len(rounds)}-{workers}")
+                one[f"workers_{workers}"] = beside_the_loop(out, table, workers)
             rounds.append(one)
             keep()
         for workers in (1, 2, 8, 32):
             name = f"asleep_{workers}"
             if name not in figures:
                 some = write_table(Path(scratch, f"{name}.jsonl"), 8 * workers)
-                figures[name] = with_workers(asleep_job(Path(scratch, name), workers), some)
+                marks = with_workers(asleep_job(Path(scratch, name), workers), some)
+                figures[name] = {"pairs_a_minute": round(60 * rate(marks)[0], 1)}
                 keep()
     for name in ("workers_1", "workers_2"):
-        ratios = ([one[name][n] / one["loop"][n] for one in rounds] for n in (0, 1))
-        figures[f"{name}_of_loop"] = [round(statistics.median(found), 3) for found in ratios]
-    figures["workers_2_of_1"] = round(
-        statistics.median(one["workers_2"][0] / one["workers_1"][0] for one in rounds), 3
-    )
+        figures[name] = {
+            what: round(statistics.median(one[name][what] for one in rounds), 3) for what in rounds[0][name]
+        }
+
+
+def beside_the_loop(out: Path, table: Path, workers: int) -> dict[str, float]:
+    """Pairs a minute of both, processor seconds a pair of both, and the ratios."""
+    with plain_loop(out / "loop", table) as end_loop:
+        marks = with_workers(demo_job(out / "set", workers), table)
+        alone = [mark for mark in end_loop() if marks[0][0] <= mark[0] <= marks[-1][0]]
+    (ours, used), (loop, loop_used) = rate(marks), rate(alone)
+    return {
+        "pairs_a_minute": round(60 * ours, 1),
+        "loop_pairs_a_minute": round(60 * loop, 1),
+        "of_loop": round(ours / loop, 3),
+        "processor_s": round(used, 3),
+        "loop_processor_s": round(loop_used, 3),
+        "processor_of_loop": round(used / loop_used, 3),
+    }
+
+
+Mark = tuple[float, float, int]
+"""Time, processor time and pairs until then."""
+
+
+def rate(marks: list[Mark]) -> tuple[float, float]:
+    """Pairs a second from the first mark to the last, and processor seconds a pair."""
+    (begun, before, first), (ended, after, last) = marks[0], marks[-1]
+    return (last - first) / (ended - begun), (after - before) / (last - first)
 
 
 def demo_job(out: Path, workers: int, clip: str | None = None, **settings: Any) -> Any:
@@ -178,43 +202,53 @@ def asleep_job(out: Path, workers: int) -> Any:
     return Job(str(out), Settings(width=16, height=16), 2, Filter(least={}), make, None, workers, order=1)
 
 
-def plain_loop(out: Path, table: Path) -> list[float]:
-    """The same sampling, writing and scoring without an engine, in a process of its own."""
+@contextmanager
+def plain_loop(out: Path, table: Path) -> Iterator[Callable[[], list[Mark]]]:
+    """The same sampling, writing and scoring without an engine, in a process of its own, again and again with
+    other seeds. Yields a function that ends it and returns its marks."""
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import time\n"
-        "from pathlib import Path\nfrom pairs import demo_job, load_pack\nload_pack()\n"
+        "import sys; sys.path.insert(0, sys.argv[1]); import itertools, time\n"
+        "from dataclasses import replace\nfrom pathlib import Path\n"
+        "from pairs import demo_job, load_pack\nload_pack()\n"
         "from p2p.pairs.engine import sample_step, score_step\nfrom p2p.pairs.table import read_table\n"
         "from p2p.pairs.tries import expand\n"
         "job = demo_job(Path(sys.argv[2]), 1)\nsampler, scorer = job.sampler(), job.scorer()\n"
-        "units = [u for row in read_table(sys.argv[3]) for u in expand(row, job.settings, 2)]\n"
-        "for n, unit in enumerate(units):\n"
-        "    sample_step(sampler, unit); score_step(scorer, unit)\n"
-        "    if n == 0: begun, used = time.monotonic(), time.process_time()\n"
-        "n = len(units) - 1\n"
-        "print(60 * n / (time.monotonic() - begun), (time.process_time() - used) / n)\n"
+        "rows, made = list(read_table(sys.argv[3])), itertools.count(1)\n"
+        "for again in itertools.count():\n"
+        "    for row in rows:\n"
+        "        row = replace(row, options={'seed': row.options['seed'] + 2 * again})\n"
+        "        for unit in expand(row, job.settings, 2):\n"
+        "            sample_step(sampler, unit); score_step(scorer, unit)\n"
+        "            print(time.monotonic(), time.process_time(), next(made), flush=True)\n"
     )
     command = [sys.executable, "-c", code, str(ROOT / "benchmarks"), str(out), str(table)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    rate, used = map(float, done.stdout.split()[-2:])
-    return [round(rate, 1), round(used, 3)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+
+    def end() -> list[Mark]:
+        process.kill()
+        lines = process.communicate()[0].splitlines()
+        return [(float(at), float(used), int(count)) for at, used, count in map(str.split, lines)]
+
+    try:
+        yield end
+    finally:
+        process.kill()
 
 
-def with_workers(job: Any, table: Path) -> list[float]:
-    """From the first finished order of units to the last."""
+def with_workers(job: Any, table: Path) -> list[Mark]:
+    """A run's marks, from its first finished order of units to the last."""
     from p2p.pairs.engine import Counts, run
     from p2p.pairs.table import read_table
 
-    marks: list[tuple[float, float, int]] = []
+    marks: list[Mark] = []
 
     def watch(counts: Counts, finished: int) -> None:
         if finished:
             marks.append((time.monotonic(), processor(), counts.made))
 
     run(job, read_table(str(table)), watch)
-    (begun, before, first), (ended, after, last) = marks[0], marks[-1]
-    pairs = last - first
-    return [round(60 * pairs / (ended - begun), 1), round((after - before) / pairs, 3)]
+    return marks
 
 
 def acceptance(options: argparse.Namespace, figures: dict[str, Any], keep: Callable[[], None]) -> None:
