@@ -108,12 +108,13 @@ def engine(options: argparse.Namespace, figures: dict[str, Any], keep: Callable[
         assert counts.done_before == options.rows
 
 
-def processor() -> float:
-    """Seconds of processor time of this process and those below it that live."""
+def processor(without: int = 0) -> float:
+    """Seconds of processor time of this process and those below it that live, without the one of that id."""
     import psutil
 
     here = psutil.Process()
-    times = [safely(process.cpu_times) for process in (here, *here.children(recursive=True))]
+    found = (process for process in (here, *here.children(recursive=True)) if process.pid != without)
+    times = [safely(process.cpu_times) for process in found]
     return sum(each.user + each.system for each in times if each)
 
 
@@ -152,8 +153,8 @@ def speed(options: argparse.Namespace, figures: dict[str, Any], keep: Callable[[
 
 def beside_the_loop(out: Path, table: Path, workers: int) -> dict[str, float]:
     """Pairs a minute of both, processor seconds a pair of both, and the ratios."""
-    with plain_loop(out / "loop", table) as end_loop:
-        marks = with_workers(demo_job(out / "set", workers), table)
+    with plain_loop(out / "loop", table) as (loop_id, end_loop):
+        marks = with_workers(demo_job(out / "set", workers), table, loop_id)
         alone = [mark for mark in end_loop() if marks[0][0] <= mark[0] <= marks[-1][0]]
     (ours, used), (loop, loop_used) = rate(marks), rate(alone)
     return {
@@ -203,9 +204,9 @@ def asleep_job(out: Path, workers: int) -> Any:
 
 
 @contextmanager
-def plain_loop(out: Path, table: Path) -> Iterator[Callable[[], list[Mark]]]:
+def plain_loop(out: Path, table: Path) -> Iterator[tuple[int, Callable[[], list[Mark]]]]:
     """The same sampling, writing and scoring without an engine, in a process of its own, again and again with
-    other seeds. Yields a function that ends it and returns its marks."""
+    other seeds. Yields its process id, and a function that ends it and returns its marks."""
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import itertools, time\n"
         "from dataclasses import replace\nfrom pathlib import Path\n"
@@ -231,13 +232,13 @@ def plain_loop(out: Path, table: Path) -> Iterator[Callable[[], list[Mark]]]:
         return [(float(at), float(used), int(count)) for at, used, count in map(str.split, lines)]
 
     try:
-        yield end
+        yield process.pid, end
     finally:
         process.kill()
 
 
-def with_workers(job: Any, table: Path) -> list[Mark]:
-    """A run's marks, from its first finished order of units to the last."""
+def with_workers(job: Any, table: Path, without: int = 0) -> list[Mark]:
+    """A run's marks, from its first finished order of units to the last. without: as in `processor`."""
     from p2p.pairs.engine import Counts, run
     from p2p.pairs.table import read_table
 
@@ -245,7 +246,7 @@ def with_workers(job: Any, table: Path) -> list[Mark]:
 
     def watch(counts: Counts, finished: int) -> None:
         if finished:
-            marks.append((time.monotonic(), processor(), counts.made))
+            marks.append((time.monotonic(), processor(without), counts.made))
 
     run(job, read_table(str(table)), watch)
     return marks
