@@ -188,7 +188,8 @@ def demo_job(out: Path, workers: int, clip: str | None = None, **settings: Any) 
     Store(str(out)).prepare()
     chosen = Settings(cfg=(4.0, 4.0), steps=20, width=128, height=128, **settings)
     make = partial(samplers.ComfySampler, str(out), samplers.DEMO, 1)
-    return Job(str(out), chosen, 2, Filter(least={}), make, partial(Scorer, str(out), clip), workers)
+    score = partial(Scorer, str(out), clip)
+    return Job(str(out), chosen, 2, Filter(least={}), make, score, workers, order=1)
 
 
 def asleep_job(out: Path, workers: int) -> Any:
@@ -238,7 +239,7 @@ def plain_loop(out: Path, table: Path) -> Iterator[tuple[int, Callable[[], list[
 
 
 def with_workers(job: Any, table: Path, without: int = 0) -> list[Mark]:
-    """A run's marks, from its first finished order of units to the last. without: as in `processor`."""
+    """A run's marks, one for each pair. without: as in `processor`."""
     from p2p.pairs.engine import Counts, run
     from p2p.pairs.table import read_table
 
@@ -246,7 +247,8 @@ def with_workers(job: Any, table: Path, without: int = 0) -> list[Mark]:
 
     def watch(counts: Counts, finished: int) -> None:
         if finished:
-            marks.append((time.monotonic(), processor(without), counts.made))
+            edge = counts.made in (1, counts.to_do)  # reading all processes takes time
+            marks.append((time.monotonic(), processor(without) if edge else 0.0, counts.made))
 
     run(job, read_table(str(table)), watch)
     return marks
