@@ -138,7 +138,7 @@ def speed(options: argparse.Namespace, figures: dict[str, Any], keep: Callable[[
                 one[f"workers_{workers}"] = beside_the_loop(out, table, workers)
             rounds.append(one)
             keep()
-        for workers in (1, 2, 8, 32):
+        for workers in (1, 2, 8):
             name = f"asleep_{workers}"
             if name not in figures:
                 some = write_table(Path(scratch, f"{name}.jsonl"), 8 * workers)
