@@ -257,7 +257,11 @@ def with_workers(job: Any, table: Path, without: int = 0) -> list[Mark]:
 
 
 def acceptance(options: argparse.Namespace, figures: dict[str, Any], keep: Callable[[], None]) -> None:
-    """Shares of rows with a kept pair and of tries that pass, by number of tries; the bundled model."""
+    """Shares of rows with a kept pair and of tries that pass, by number of tries; the bundled model.
+
+    Half of the rows are swaps, half refinements: the first of `cases.py`.
+    """
+    from cases import cases
     from p2p.pairs.engine import run
     from p2p.pairs.scores import DEMO
     from p2p.pairs.select import BUNDLED, Filter
@@ -265,7 +269,12 @@ def acceptance(options: argparse.Namespace, figures: dict[str, Any], keep: Calla
     from p2p.pairs.table import read_table
 
     with TemporaryDirectory() as scratch:
-        table = write_table(Path(scratch, "table.jsonl"), options.rows)
+        table = Path(scratch, "table.jsonl")
+        with table.open("w") as file:
+            for case in (case for kind in ("swap", "refine") for case in cases(kind, options.rows // 2)):
+                prompts = (case.source.caption(), case.target.caption())
+                file.write(json.dumps(dict(zip(("original_prompt", "edited_prompt"), prompts, strict=True))))
+                file.write("\n")
         out = Path(scratch, "set")
         job = replace(demo_job(out, os.cpu_count() or 1, DEMO, cross_end=(0.2, 0.9)), tries=options.tries)
         run(job, read_table(str(table)))
