@@ -481,9 +481,9 @@ def main() -> None:
             continue
         part.add_argument("--rows", type=int, default=rows)
         if name == "speed":
-            part.add_argument("--rounds", type=int, default=3)
+            part.add_argument("--rounds", type=int, default=1)
         if name == "acceptance":
-            part.add_argument("--tries", type=int, default=16)
+            part.add_argument("--tries", type=int, default=8)
         if name == "kills":
             part.add_argument("--rounds", type=int, default=20)
             part.add_argument("--seed", type=int, default=0)
