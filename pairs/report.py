@@ -23,6 +23,7 @@ BINS, BARS, SHOWN, SIDE = 600, 24, 6, 160
 """Bins of a score from 0 to 1, bars of a histogram at most, pairs of a gallery, px of an image."""
 RANKED = ("clip_sim_dir", "ssim")
 """The score that pairs are ranked by: the first that they have."""
+BEATEN = "passes all limits; others of its row are better"
 NAMES = {
     "clip_sim_0": "source image and its prompt",
     "clip_sim_1": "target image and its prompt",
@@ -78,7 +79,8 @@ class Tally:
         kind["kept"] += len(kept)
         kind["rows with a pair"] += bool(kept)
         for n, values in enumerate(row["tries"]):
-            self.reasons.update(self.chosen.reasons(values))
+            reasons = self.chosen.reasons(values) or [BEATEN] * (values["id"] not in kept)
+            self.reasons.update(reasons)
             if values.get("error"):
                 self.errors[values["error"]] += 1
                 continue
@@ -151,19 +153,19 @@ def _kinds(tally: Tally) -> str:
 
 
 def _reasons(tally: Tally) -> str:
-    if not tally.reasons and tally.kept == tally.tries:
+    if not tally.reasons:
         return "<p>All were taken.</p>"
     limits = {name: f"at least {limit:g}" for name, limit in tally.chosen.least.items()}
     limits |= {name: f"at most {limit:g}" for name, limit in tally.chosen.most.items()}
+    names = {name: f"{NAMES[name]}: {limit}" for name, limit in limits.items()}
     rows = [
-        (f"{NAMES.get(name, 'not sampled')}: {limits.get(name, 'an error')}", f"{count:,}")
+        (names.get(name, name), f"{count:,}")
         for name, count in tally.reasons.most_common()
+        if name != "error"
     ]
     errors = [(f"error: {text}", f"{count:,}") for text, count in tally.errors.most_common(10)]
     return (
-        _table(("limit", "tries"), [*rows, *errors])
-        + "<p><small>A try can fail several limits. One that passes them all and is not kept was beaten by "
-        "better ones of its row.</small></p>"
+        _table(("reason", "tries"), [*rows, *errors]) + "<p><small>A try can fail several limits.</small></p>"
     )
 
 

@@ -133,7 +133,7 @@ def test_the_report_is_one_page_that_needs_nothing_else(whole: Path) -> None:
     page = (whole / "report.html").read_text()
     (whole / "report.html").unlink()
     assert "12 rows, 24 tries, <b>24 pairs kept</b>" in page
-    assert page.count("data:image/jpeg") == 2 * 3 * 6
+    assert page.count("data:image/jpeg") == 2 * 3 * 6 and "All were taken" in page
     assert "http" not in page.replace("http://www.w3.org", "")
 
 
