@@ -43,9 +43,7 @@ class PromptPair(io.ComfyNode):
             **also_called("word swap", "edit prompt"),
             description="Encodes source and target prompt and finds which words share their attention maps.",
             inputs=[
-                io.Clip.Input(
-                    "clip", tooltip="The text encoder of the checkpoint (CLIP: SD1.x, SD2.x, SDXL)."
-                ),
+                io.Clip.Input("clip", tooltip="The text encoder of the checkpoint."),
                 io.String.Input(
                     "source",
                     multiline=True,
