@@ -43,6 +43,7 @@ class MapReader:
     """Maps of one run. layers: those to read.
 
     keep_steps: keep the maps of every step (on the CPU), not only the sum over the run so far.
+    measure: what the steps' progress is a fraction of, as in `TauSchedule`.
     """
 
     run: Run
@@ -50,6 +51,7 @@ class MapReader:
     tokens: Tokens
     layers: Layers
     keep_steps: bool
+    measure: str = "steps"
     _total: dict[int, Tensor] = field(default_factory=dict)
     _now: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
     _step: int = 0
@@ -96,7 +98,8 @@ class MapReader:
             scale: tuple(maps[step] for step in seen if step in maps)
             for scale, maps in sorted(self._steps.items())
         }
-        progress = tuple(step / self.run.steps for step in seen)
+        reached = self.run.progress(self.measure)
+        progress = tuple(reached[step] for step in seen)
         height, width = self.run.shape[-2:]
         mask = None if blend is None else blend.cpu()
         return WordMaps(self.edit, self.tokens, progress, by_scale, mask, (height, width))
@@ -226,6 +229,7 @@ class MapRecording:
 
     edit: Edit
     handle: weakref.ref[MapsHandle]
+    measure: str = "steps"
 
     def begin(self, run: Run, start: Start) -> Guest:
         handle = self.handle()
@@ -238,7 +242,9 @@ class MapRecording:
                 "that node out."
             )
         if handle.wanted:
-            reader = MapReader(run, self.edit, self.edit.tokens, coarse_layers(run.layers), keep_steps=True)
+            reader = MapReader(
+                run, self.edit, self.edit.tokens, coarse_layers(run.layers), True, self.measure
+            )
         return _Recorder(run, self.handle, reader, start.again)
 
 

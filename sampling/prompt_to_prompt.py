@@ -26,7 +26,9 @@ class PromptToPrompt:
         return Taken(self._plan(call).cross[call.step], self._self_attention(call, "map") + both)
 
     def _self_attention(self, call: Call, mode: str, everywhere: bool = False) -> tuple[SelfTaken, ...]:
-        weights = tuple(schedule.self_weight(call.progress, mode) for schedule in self.schedules)
+        weights = tuple(
+            schedule.self_weight(call.progress(schedule.measure), mode) for schedule in self.schedules
+        )
         if not any(weights):
             return ()
         layers = of_kind(call.run.layers, "self", "joint")
@@ -36,7 +38,7 @@ class PromptToPrompt:
     def _plan(self, call: Call) -> Plan:
         return call.run.once(
             ("plan", call.length, call.texts),
-            lambda: make_plan(self.edit, self.tau, call.run.steps, self._layout(call)),
+            lambda: make_plan(self.edit, self.tau, call.run.progress, self._layout(call)),
         )
 
     def _layout(self, call: Call) -> Repeated | Padded:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..attention.inject import Attention, Rows, paired_rows
-from ..attention.schedule import step_of
+from ..attention.schedule import in_steps, step_of
 from ..attention.taken import Taken
 from .families import Family
 from .host import KEY
@@ -144,10 +144,9 @@ class Call:
     def step(self) -> int:
         return self.run.step
 
-    @property
-    def progress(self) -> float:
+    def progress(self, measure: str = "steps") -> float:
         """The step's place in the run, from 0 to 1."""
-        return self.run.step / self.run.steps
+        return self.run.progress(measure)[self.run.step]
 
     @property
     def chunk(self) -> int:
@@ -276,6 +275,7 @@ class Run:
 
     sigmas: the run's list. shape: of the sampler's batch, (pairs x branches, channels, height, width).
     branches: rows of a pair. layers: of the network; family: of a transformer. guests: what takes part in it.
+    sigma_of: the model's noise schedule, from percent to sigma.
     lengths: uuid of each of the pair's own conditioning entries -> its number of tokens; texts: and those of
     each branch, of transformers.
     groups: the targets that go through the model together, all of them if memory allows.
@@ -292,6 +292,7 @@ class Run:
     layers: Layers
     guests: tuple[Guest, ...] = ()
     family: Family | None = None
+    sigma_of: Callable[[float], Any] | None = None
     lengths: dict[uuid.UUID, int] = field(default_factory=dict)
     texts: dict[uuid.UUID, Lengths] = field(default_factory=dict)
     groups: tuple[Group, ...] = ()
@@ -315,6 +316,15 @@ class Run:
     @property
     def steps(self) -> int:
         return len(self.sigmas) - 1
+
+    def progress(self, measure: str) -> Sequence[float]:
+        """The progress of each step, from 0 to 1."""
+        if measure == "steps" or self.sigma_of is None:
+            return in_steps(self.steps)(measure)
+        sigma_of = self.sigma_of
+        return self.once(
+            ("progress", measure), lambda: [percent_of(sigma, sigma_of) for sigma in self.sigmas[:-1]]
+        )
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What is worked out once per run. key: of all that it depends on."""
@@ -362,6 +372,25 @@ class Run:
             Part(self.everyone),
             self.texts.get(uuids[own[0]]) if own else None,
         )
+
+
+def percent_of(sigma: float, sigma_of: Callable[[float], Any]) -> float:
+    """Where in the model's noise schedule a sigma lies, from 0 to 1: the last percent p, to five decimals, with
+
+        sigma_of(p) >= sigma
+
+    sigma_of: descends, as the host's `percent_to_sigma` of every kind of model does.
+    """
+    low, high = 0.0, 1.0
+    if float(sigma_of(low)) < sigma:
+        return low
+    for _ in range(30):
+        middle = (low + high) / 2
+        if float(sigma_of(middle)) >= sigma * (1.0 - 1e-6):
+            low = middle
+        else:
+            high = middle
+    return round(low, 5)
 
 
 def run_of(options: dict) -> Run | None:
