@@ -18,7 +18,7 @@ from .taken import CrossStep
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What cross-attention needs to know of an edit; one entry per step of the run.
+    """What cross-attention needs to know of an edit; one entry for each of the run's sigmas.
 
     cross: None where cross-attention is left alone.
     """

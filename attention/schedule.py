@@ -7,21 +7,21 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 MEASURES = ("steps", "percent")
-"""How progress is counted. "steps": step i of a run's n has progress i / n. "percent": by the step's noise, on
-the model's own noise schedule, of which a run may be a part (the host's `percent_to_sigma`).
+"""How progress is counted. "steps": step i of a run's n has progress i / n. "percent": by the step's noise,
+on the model's own noise schedule, of which a run may be a part (the host's `percent_to_sigma`).
 """
 
 Progress = Callable[[str], Sequence[float]]
-"""measure -> the progress of each step of a run, from 0 to 1."""
+"""measure -> the progress at each of a run's sigmas, from 0 to 1: where a step begins, and at the end."""
 
 
 def in_steps(steps: int) -> Progress:
-    """The progress of a run of so many steps, which are all that it is counted in."""
+    """The progress of a run of so many steps. What is computed at its end belongs to its last step."""
 
     def progress(measure: str) -> Sequence[float]:
         if measure != "steps":
             raise ValueError(f"The measure is {measure!r}, but only steps are known here.")
-        return [step / steps for step in range(steps)]
+        return [min(step, steps - 1) / steps for step in range(steps + 1)]
 
     return progress
 
@@ -143,12 +143,15 @@ def _windows(line: str) -> Iterator[tuple[str, Window]]:
         )
 
 
-def step_of(sigma: float, sigmas: list[float]) -> int:
-    """The step that a model call at `sigma` belongs to: the last i with sigmas[i] >= sigma.
+def place_of(sigma: float, sigmas: list[float]) -> int:
+    """The place of a model call at `sigma`: the last i with sigmas[i] >= sigma.
 
-    sigmas: the run's list, descending, one more than there are steps. Calls between two entries, as in
-    second-order samplers, belong to the step that they are part of; progress is step / steps.
+    sigmas: the run's list, descending, one more than there are steps; the last one is 0, or noise is left.
+    Calls between two entries, as in second-order samplers, belong to the step that they are part of.
     """
-    steps = max(len(sigmas) - 1, 1)
-    reached = sum(entry >= sigma * (1.0 - 1e-4) for entry in sigmas[:steps])
-    return min(max(reached - 1, 0), steps - 1)
+    return max(sum(entry >= sigma * (1.0 - 1e-4) for entry in sigmas if entry > 0.0) - 1, 0)
+
+
+def step_of(sigma: float, sigmas: list[float]) -> int:
+    """The step that a model call at `sigma` belongs to: its place, but for calls at the run's end."""
+    return min(place_of(sigma, sigmas), max(len(sigmas) - 2, 0))

@@ -120,8 +120,8 @@ class TauScheduler(io.ComfyNode):
                     options=list(MEASURES),
                     default=MEASURES[0],
                     optional=True,
-                    tooltip="What the fractions are of. One sampler: steps. A run in parts (base and refiner, "
-                    "two experts, split sigmas): percent, of the model's noise schedule, for every part.",
+                    tooltip="What the fractions are of. One sampler: steps. A run in parts (base and "
+                    "refiner, two experts, split sigmas): percent, of the model's noise schedule.",
                 ),
             ],
             outputs=[TauIO.Output("tau", display_name="tau")],

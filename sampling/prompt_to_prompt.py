@@ -23,7 +23,7 @@ class PromptToPrompt:
         both = self._self_attention(call, "map in both halves", everywhere=True)
         if call.length is None:
             return Taken(self_=both)
-        return Taken(self._plan(call).cross[call.step], self._self_attention(call, "map") + both)
+        return Taken(self._plan(call).cross[call.run.place], self._self_attention(call, "map") + both)
 
     def _self_attention(self, call: Call, mode: str, everywhere: bool = False) -> tuple[SelfTaken, ...]:
         weights = tuple(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..attention.inject import Attention, Rows, paired_rows
-from ..attention.schedule import in_steps, step_of
+from ..attention.schedule import in_steps, place_of
 from ..attention.taken import Taken
 from .families import Family
 from .host import KEY
@@ -140,13 +140,9 @@ class Call:
     part: Part
     texts: Lengths | None = None
 
-    @property
-    def step(self) -> int:
-        return self.run.step
-
     def progress(self, measure: str = "steps") -> float:
-        """The step's place in the run, from 0 to 1."""
-        return self.run.progress(measure)[self.run.step]
+        """The call's place in the run, from 0 to 1."""
+        return self.run.progress(measure)[self.run.place]
 
     @property
     def chunk(self) -> int:
@@ -279,7 +275,8 @@ class Run:
     lengths: uuid of each of the pair's own conditioning entries -> its number of tokens; texts: and those of
     each branch, of transformers.
     groups: the targets that go through the model together, all of them if memory allows.
-    step, sigma: of the prediction under way. known_sigma: what was already read for the next prediction.
+    place, sigma: of the prediction under way: the last of the run's sigmas that it has reached, and its own.
+    known_sigma: what was already read for the next prediction.
     injecting: whether the model calls under way belong to the pair's own prediction.
     predicted: whether that prediction was already made for this call of the sampler.
     injected, due: forwards in which layers took from the source, and in which they should have.
@@ -296,7 +293,7 @@ class Run:
     lengths: dict[uuid.UUID, int] = field(default_factory=dict)
     texts: dict[uuid.UUID, Lengths] = field(default_factory=dict)
     groups: tuple[Group, ...] = ()
-    step: int = 0
+    place: int = 0
     sigma: float = 0.0
     known_sigma: float | None = None
     injecting: bool = False
@@ -317,13 +314,18 @@ class Run:
     def steps(self) -> int:
         return len(self.sigmas) - 1
 
+    @property
+    def step(self) -> int:
+        """The step of the prediction under way."""
+        return min(self.place, self.steps - 1)
+
     def progress(self, measure: str) -> Sequence[float]:
-        """The progress of each step, from 0 to 1."""
+        """The progress at each of the run's sigmas, from 0 to 1."""
         if measure == "steps" or self.sigma_of is None:
             return in_steps(self.steps)(measure)
         sigma_of = self.sigma_of
         return self.once(
-            ("progress", measure), lambda: [percent_of(sigma, sigma_of) for sigma in self.sigmas[:-1]]
+            ("progress", measure), lambda: [percent_of(sigma, sigma_of) for sigma in self.sigmas]
         )
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
@@ -334,7 +336,7 @@ class Run:
 
     def at(self, sigma: float) -> None:
         """A prediction at this sigma begins."""
-        self.sigma, self.step = sigma, step_of(sigma, self.sigmas)
+        self.sigma, self.place = sigma, place_of(sigma, self.sigmas)
 
     def call(self, forward: Forward) -> Call | None:
         """What a forward is to the run, or None where it is not part of the pair's own prediction.
@@ -375,11 +377,11 @@ class Run:
 
 
 def percent_of(sigma: float, sigma_of: Callable[[float], Any]) -> float:
-    """Where in the model's noise schedule a sigma lies, from 0 to 1: the last percent p, to five decimals, with
+    """Where in the model's noise schedule a sigma lies, from 0 to 1: the last percent p with
 
         sigma_of(p) >= sigma
 
-    sigma_of: descends, as the host's `percent_to_sigma` of every kind of model does.
+    to five decimals. sigma_of: descends, as the host's `percent_to_sigma` of every kind of model does.
     """
     low, high = 0.0, 1.0
     if float(sigma_of(low)) < sigma:

@@ -359,7 +359,8 @@ def example(dtype=torch.float64, fade=0.5, gain=-0.5):
     edit = make_edit("a cat on a mat", "a big dog on a mat", gains=[("big", gain)])
     q, k, v = tensors(4, WINDOW, dtype=dtype)
     rows = paired_rows(4, range(1), [2], 2, q.device)
-    step = make_plan(edit, TauSchedule(cross=Window(0, 0.5), fade=fade), in_steps(1), Repeated(edit, WINDOW)).cross[0]
+    tau = TauSchedule(cross=Window(0, 0.5), fade=fade)
+    step = make_plan(edit, tau, in_steps(1), Repeated(edit, WINDOW)).cross[0]
     return q, k, v, rows, step.to(q.device, dtype).by_row(rows.branch)
 
 
@@ -426,8 +427,9 @@ def test_re_weighting_alone_needs_no_source_map_where_every_word_is_new(scale):
 
 def test_a_step_outside_every_window_leaves_attention_alone():
     edit = make_edit("a cat", "a dog", gains=[("dog", -2.0)])
-    plan = make_plan(edit, TauSchedule(Window(0.2, 0.5), Window(0.1, 0.3)), in_steps(10), Repeated(edit, WINDOW))
-    assert [step is not None for step in plan.cross] == [False] * 2 + [True] * 3 + [False] * 5
+    tau = TauSchedule(Window(0.2, 0.5), Window(0.1, 0.3))
+    plan = make_plan(edit, tau, in_steps(10), Repeated(edit, WINDOW))
+    assert [step is not None for step in plan.cross] == [False] * 2 + [True] * 3 + [False] * 6
 
 
 def test_a_conditioning_shorter_than_the_prompts_is_refused_with_both_numbers():
@@ -437,7 +439,8 @@ def test_a_conditioning_shorter_than_the_prompts_is_refused_with_both_numbers():
 
 def test_a_step_has_the_dtype_that_attention_runs_in():
     edit = make_edit("a cat", "a big cat", gains=[("big", 2.0)])
-    step = make_plan(edit, FULL, in_steps(1), Repeated(edit, WINDOW)).cross[0].to(torch.device("cpu"), torch.bfloat16)
+    step = make_plan(edit, FULL, in_steps(1), Repeated(edit, WINDOW)).cross[0]
+    step = step.to(torch.device("cpu"), torch.bfloat16)
     assert step.unscaled.own.dtype == step.weight.dtype == torch.bfloat16
     assert step.moved.dtype == step.own.dtype == torch.bfloat16
 
