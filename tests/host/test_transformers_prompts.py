@@ -28,7 +28,10 @@ NETWORKS = {
     "Lumina 2": "Lumina 2",
     "Wan": "Wan 2.1",
     "HunyuanDiT": "HunyuanDiT",
+    "Flux.2 Klein": "Flux.2",
+    **{name: name for name in streams.NEWER},
 }
+NETWORKS = {family: name for family, name in NETWORKS.items() if family in streams.MADE}
 """Text encoder -> network."""
 EMBEDDER = SD3["context_embedder_config"]
 LAYOUTS = {
@@ -36,30 +39,38 @@ LAYOUTS = {
         "context_embedder_config": EMBEDDER | {"params": {"in_features": 4096, "out_features": 128}}
     },
     "HunyuanDiT": {"text_len": 77, "text_len_t5": 256},
+    "Flux.2 Klein": {"context_in_dim": 3 * WIDTH},
 }
 """What networks have to have for as many tokens and features as their text encoders give."""
 every_family = pytest.mark.parametrize("family", NETWORKS)
 
 
-class Encoder(streams.Encoder):
-    """A text encoder without context: a token's features are its own, whatever stands beside it."""
+class Encoder:
+    """In a text encoder of `test_streams`: a token's features are its own, whatever stands beside it."""
+
+    def __init__(self, inner, width, pooled):
+        self.inner, self.width, self.pooled = inner, width, pooled
 
     def encode_token_weights(self, chunks):
+        zeros, _, *more = self.inner.encode_token_weights(chunks)
         tokens = [int(token) for chunk in chunks for token, *_ in chunk]
-        features = [torch.randn(self.width, generator=torch.Generator().manual_seed(t)) for t in tokens]
-        more = {"attention_mask": torch.ones(1, len(tokens), dtype=torch.int64)}
-        return torch.stack(features)[None], torch.zeros(1, self.pooled), *([more] if self.masked else [])
+        each = [torch.randn(self.width, generator=torch.Generator().manual_seed(t)) for t in tokens]
+        features = torch.stack(each).expand(*zeros.shape[:-1], -1)
+        more = [{name: mask.long() for name, mask in given.items()} for given in more]
+        return features, torch.zeros(1, self.pooled), *more
 
 
 @cache
 def clip_of(family):
     """The family's CLIP of `test_streams` with such encoders in it."""
     clip = streams.MADE[family]()
-    for encoder in vars(clip.cond_stage_model).values():
+    for name, encoder in list(vars(clip.cond_stage_model).items()):
         if isinstance(encoder, streams.Encoder):
-            encoder.__class__ = Encoder
-            encoder.pooled = WIDTH // 2 if family == "SD3" else WIDTH
-            encoder.width = 4096 if encoder.width == 4096 else WIDTH
+            width = 4096 if encoder.width == 4096 else WIDTH
+            if family in ("Krea 2", "Ideogram 4"):
+                width //= encoder.layers
+            pooled = WIDTH // 2 if family == "SD3" else WIDTH
+            vars(clip.cond_stage_model)[name] = Encoder(encoder, width, pooled)
     return clip
 
 
@@ -125,8 +136,8 @@ def test_the_source_is_the_plain_image_and_the_target_is_edited(family):
 @every_family
 def test_without_windows_prompts_of_other_lengths_are_plain_images_too(family):
     text = "a dog with a red hat on a big mat"
-    if family == "OmniGen2":
-        with pytest.raises(ValueError, match="tokens, and OmniGen2 needs as many"):
+    if family in ("OmniGen2", "Boogu"):
+        with pytest.raises(ValueError, match="tokens, and .* needs as many"):
             paired(family, pair_of(family, target=text), EMPTY)
         return
     source, target = paired(family, pair_of(family, target=text), EMPTY)
@@ -137,6 +148,8 @@ def test_without_windows_prompts_of_other_lengths_are_plain_images_too(family):
 @every_family
 def test_words_are_where_the_network_reads_them(family):
     """What an encoder without context gives differs in the swapped word's tokens alone."""
+    if family == "Anima":
+        pytest.skip("its network gives a token features that depend on all others")
     seen = []
 
     def override(function, q, k, v, heads, *args, **kwargs):
@@ -153,7 +166,7 @@ def test_words_are_where_the_network_reads_them(family):
     first = next(flags for flags in differs if flags.any())
     changed = first.nonzero().flatten().tolist()
     ahead = takewhile(lambda part: part != "text", family_of(model.model).order)
-    before = {"registers": 8, "image": len(first) - source.length}
+    before = {"registers": 8, "image": len(first) - source.length, "references": 0}
     offset = sum(before[part] for part in ahead)
     assert [place - offset for place in changed] == list(source.find("cat"))
 
