@@ -169,7 +169,8 @@ MADE |= {
 }
 FIRST = {"Qwen-Image": 0, "Z-Image": 3, "OmniGen2": 23, "Lumina 2": 1, "HunyuanDiT": 1, "SD3": 1}
 """Where a prompt's first token lies, if not at 0: behind the kept part of a template, or a start token."""
-FIRST |= {"SD3 without T5": 1, "Flux.2 Klein": 3, "Ovis-Image": 1, "Ideogram 4": 3, "JoyImage": 2, "Boogu": 29}
+FIRST |= {"SD3 without T5": 1, "Flux.2 Klein": 3, "Ovis-Image": 1, "Ideogram 4": 3, "JoyImage": 2}
+FIRST["Boogu"] = 29
 READS_CHINESE = ("AuraFlow", "Qwen-Image", "Z-Image", "OmniGen2", "Lumina 2", "Wan")
 every_family = pytest.mark.parametrize("family", MADE)
 
