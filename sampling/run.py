@@ -11,7 +11,8 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ..attention.inject import Attention, Rows, paired_rows
+from ..attention.inject import Rows, paired_rows
+from ..attention.maps import MapRows, Tokens, map_rows
 from ..attention.schedule import step_of
 from ..attention.taken import Taken
 from .families import Family
@@ -202,17 +203,34 @@ class Call:
         ]
         return self.run.once(key, lambda: torch.tensor(rows, dtype=torch.long, device=self.device))
 
+    def map_rows(self) -> MapRows:
+        """The rows whose maps are read: all of the pair's own chunks."""
+        key = ("map rows", self.chunk, self.own, self.part.targets, self.device)
+        offsets = [n * self.chunk for n in self.own]
+        return self.run.once(key, lambda: map_rows(self.part.branches, offsets, self.chunk, self.device))
+
 
 class Reading(Protocol):
-    """What a guest reads in the layers of one forward. It counts once the forward has ended."""
+    """What a guest reads in the layers of one forward. It counts once the forward has ended.
+
+    tokens: the wanted tokens of each branch's prompt.
+    """
 
     @property
     def layers(self) -> Collection[Layer]: ...
 
-    def read(
-        self, call: Call, layer: Layer, attend: Attention, q: Tensor, k: Tensor, extra_options: dict
-    ) -> None:
-        """attend: the host's attention. q (b, n, h d), k (b, L, h d). extra_options: the layer's."""
+    @property
+    def tokens(self) -> Tokens: ...
+
+    def columns(self, call: Call) -> Tensor:
+        """The wanted columns of each branch's maps, (B, t, W), float64 on the CPU."""
+        ...
+
+    def add(self, call: Call, layer: Layer, maps: Tensor, grid: tuple[int, int]) -> None:
+        """A layer's maps, (chunks x pairs x branches, n, W), in the order of `Call.map_rows`.
+
+        grid: height and width of its n queries.
+        """
         ...
 
     def commit(self) -> None:
