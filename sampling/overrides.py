@@ -28,13 +28,17 @@ from .families import Family
 from .run import Call, Forward, Group, Reading
 
 OVERRIDE = "optimized_attention_override"
-ATTENTION = {
+ATTENTION: dict[str, Callable[..., Tensor]] = {
     "words": joint.word_attention,
     "image": joint.image_attention,
     "mutual": joint.mutual_attention,
 }
-TERMS = {"words": joint.word_terms, "image": joint.image_terms, "mutual": joint.mutual_terms}
-"""Of the kinds of edit."""
+TERMS: dict[str, Callable[..., list[joint.Term]]] = {
+    "words": joint.word_terms,
+    "image": joint.image_terms,
+    "mutual": joint.mutual_terms,
+}
+"""By kind of edit."""
 
 
 def fill(
@@ -300,8 +304,7 @@ class _Override:
         )
 
     def _cross_columns(self, layer: Layer, tokens: Tokens, tensors: joint.Call) -> Columns:
-        numbers = self.call.rows_in(self.call.own, None, torch.device("cpu"))
-        origin, target = numbers.origin.tolist(), numbers.target.tolist()
+        target, _, origin = self.call.numbers_in(self.call.own, None)
         return self._columns(layer, tokens, tensors, range(self.call.batch), origin, target)
 
     def _read(
@@ -492,12 +495,12 @@ class _Edit:
     step: CrossStep | None = None
 
     def rows(self, call: Call) -> Rows:
-        return call.rows_in(self.chunks, self.targets, call.device)
+        return call.rows_in(self.chunks, self.targets)
 
     def numbers(self, call: Call) -> tuple[list[int], list[int]]:
         """The rows' origins, and which are targets, as numbers."""
-        rows = call.rows_in(self.chunks, self.targets, torch.device("cpu"))
-        return rows.origin.tolist(), rows.target.tolist()
+        target, _, origin = call.numbers_in(self.chunks, self.targets)
+        return origin, target
 
     @property
     def targets(self) -> Group:

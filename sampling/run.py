@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ..attention.inject import Rows, paired_rows
+from ..attention.inject import Numbers, Rows, paired_numbers, paired_rows
 from ..attention.maps import MapRows, Tokens, map_rows
 from ..attention.schedule import step_of
 from ..attention.taken import Taken
@@ -176,24 +176,20 @@ class Call:
         taking: of these targets, by number; of all of them by default.
         """
         chunks = tuple(range(self.chunks)) if everywhere else self.own
-        return self.rows_in(chunks, None if taking is None else tuple(taking), self.device)
+        return self.rows_in(chunks, None if taking is None else tuple(taking))
 
-    def rows_in(self, chunks: tuple[int, ...], taking: Group | None, device: torch.device) -> Rows:
+    def rows_in(self, chunks: tuple[int, ...], taking: Group | None) -> Rows:
         """The targets' rows in some chunks."""
-        part, known = self.part, not self.part.sources.in_batch
-        key = ("rows", self.batch, self.chunk, chunks, part.targets, known, taking, device)
-        return self.run.once(
-            key,
-            lambda: paired_rows(
-                self.batch,
-                part.targets,
-                [n * self.chunk for n in chunks],
-                self.chunk,
-                device,
-                taking,
-                known,
-            ),
-        )
+        known = not self.part.sources.in_batch
+        tiling = self.part.targets, [n * self.chunk for n in chunks], self.chunk
+        key = ("rows", self.batch, self.chunk, chunks, self.part.targets, known, taking, self.device)
+        return self.run.once(key, lambda: paired_rows(self.batch, *tiling, self.device, taking, known))
+
+    def numbers_in(self, chunks: tuple[int, ...], taking: Group | None) -> Numbers:
+        """The same rows as numbers."""
+        known = not self.part.sources.in_batch
+        tiling = self.part.targets, [n * self.chunk for n in chunks], self.chunk
+        return paired_numbers(self.batch, *tiling, taking, known)
 
     def source_rows(self) -> Tensor:
         """The sources' rows in the pair's own chunks."""
