@@ -164,7 +164,7 @@ class _Override:
         """In the host's form: function is its attention, and whatever else is given goes on to it."""
         inner = function if self.previous is None else functools.partial(self.previous, function)
         layer = self._layer(q, k)
-        if layer is None:
+        if layer is None or layer.kind in ("features", "reference"):
             return inner(q, k, v, heads, *args, **kwargs)
         named = {name: value for name, value in kwargs.items() if name != "mask"}
         mask, *more = args or (kwargs.get("mask"),)
