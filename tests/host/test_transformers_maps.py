@@ -17,6 +17,7 @@ from p2p.attention.plan import cross_weights
 from p2p.attention.prompt import Word
 from p2p.attention.schedule import TauSchedule, Window, parse_word_windows
 from p2p.attention.taken import Layer
+from p2p.nodes.maps import AttentionMaps
 from p2p.sampling.controller import control
 from p2p.sampling.families import FAMILIES, family_of, layers_of
 from p2p.sampling.maps import MapsHandle
@@ -311,6 +312,18 @@ def test_the_blend_keeps_the_source_outside_of_the_words_regions(
         outside, inside = region[0] == 0.0, region[0] == 1.0
         assert torch.equal(rows[n][..., outside], rows[0][..., outside])
         assert difference(rows[n][..., inside], rows[0][..., inside]) > EDITED
+
+
+@pytest.mark.parametrize("name", ["Flux", "Flux.2", "Chroma Radiance", "Qwen-Image"])
+def test_the_node_draws_the_maps_in_the_size_of_the_image_from_the_one_scale_that_there_is(name, model_of):
+    pair, handle = pair_of(name, model_of(name)), MapsHandle(wanted=True)
+    samples = {"samples": pair.run(PART, maps=handle)}
+    pictures, mask = AttentionMaps.execute(handle, samples, "w0, x1", 1).args
+    assert pictures.shape[0] == 2 and pictures.shape[2] == 64
+    assert mask.shape == (1, 64, 64) and mask.max() == 1.0
+    assert torch.equal(pictures, AttentionMaps.execute(handle, samples, "w0, x1", 1, layers="all").args[0])
+    with pytest.raises(ValueError, match="no attention layers at 1/8 of the latent's sides; it has 1/"):
+        AttentionMaps.execute(handle, samples, "w0, x1", 1, layers="eighth")
 
 
 def test_latents_of_several_frames_are_an_error_before_the_first_step(model_of):
