@@ -54,8 +54,8 @@ def control(
     follows = follow(model, trajectory)
     entries: list[Entry] = [] if follows is None else [follows]
     if blend is not None:
-        entries.append(Blending(edit, blend, regions(blend, edit)))
-    entries += [_recording(edit, maps), keep, Notice(edit)]
+        entries.append(Blending(edit, blend, regions(blend, edit), tau.measure))
+    entries += [_recording(edit, maps, tau.measure), keep, Notice(edit)]
     methods = (PromptToPrompt(edit, tau), MutualSelfAttention(edit, tau))
     return _controlled(
         model, Hooks(edit, layers, methods, tuple(entries), family, unguided=_unguided(follows))
@@ -111,8 +111,8 @@ def plug_and_play(
     return _controlled(model, Hooks(edit, layers, (method,), tuple(entries), unguided=unguided))
 
 
-def _recording(edit: Edit, maps: MapsHandle | None) -> MapRecording:
-    return MapRecording(edit, weakref.ref(maps or MapsHandle()))
+def _recording(edit: Edit, maps: MapsHandle | None, measure: str = "steps") -> MapRecording:
+    return MapRecording(edit, weakref.ref(maps or MapsHandle()), measure)
 
 
 def _unguided(follows: Following | None) -> bool:

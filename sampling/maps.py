@@ -48,6 +48,7 @@ class MapReader:
     """Maps of one run. layers: those to read.
 
     keep_steps: keep the maps of every step (on the CPU), not only the sum over the run so far.
+    measure: what the steps' progress is a fraction of, as in `TauSchedule`.
     """
 
     run: Run
@@ -55,6 +56,7 @@ class MapReader:
     tokens: Tokens
     layers: Layers
     keep_steps: bool
+    measure: str = "steps"
     _total: dict[int, Tensor] = field(default_factory=dict)
     _now: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
     _step: int = 0
@@ -111,7 +113,8 @@ class MapReader:
             scale: tuple(maps[step] for step in seen if step in maps)
             for scale, maps in sorted(self._steps.items())
         }
-        progress = tuple(step / self.run.steps for step in seen)
+        reached = self.run.progress(self.measure)
+        progress = tuple(reached[step] for step in seen)
         height, width = self.run.shape[-2:]
         mask = None if blend is None else blend.cpu()
         family = self.run.family
@@ -224,6 +227,7 @@ class MapRecording:
 
     edit: Edit
     handle: weakref.ref[MapsHandle]
+    measure: str = "steps"
 
     def begin(self, run: Run, start: Start) -> Guest:
         handle = self.handle()
@@ -232,7 +236,7 @@ class MapRecording:
         reader = None
         if handle.wanted:
             layers = shown_layers(run.layers, run.family)
-            reader = MapReader(run, self.edit, self.edit.tokens, layers, keep_steps=True)
+            reader = MapReader(run, self.edit, self.edit.tokens, layers, True, self.measure)
         return _Recorder(run, self.handle, reader, start.again)
 
 

@@ -24,10 +24,12 @@ class PromptToPrompt:
         both = self._self_attention(call, "map in both halves", everywhere=True)
         if call.length is None:
             return Taken(self_=both)
-        return Taken(self._plan(call).cross[call.step], self._self_attention(call, "map") + both)
+        return Taken(self._plan(call).cross[call.run.place], self._self_attention(call, "map") + both)
 
     def _self_attention(self, call: Call, mode: str, everywhere: bool = False) -> tuple[SelfTaken, ...]:
-        weights = tuple(schedule.self_weight(call.progress, mode) for schedule in self.schedules)
+        weights = tuple(
+            schedule.self_weight(call.progress(schedule.measure), mode) for schedule in self.schedules
+        )
         if not any(weights):
             return ()
         layers = of_kind(call.run.layers, "self", "joint")
@@ -37,5 +39,5 @@ class PromptToPrompt:
     def _plan(self, call: Call) -> Plan:
         return call.run.once(
             ("plan", call.length, call.texts),
-            lambda: make_plan(self.edit, self.tau, call.run.steps, layout_of(self.edit, call)),
+            lambda: make_plan(self.edit, self.tau, call.run.progress, layout_of(self.edit, call)),
         )

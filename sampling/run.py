@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..attention.inject import Numbers, Rows, paired_numbers, paired_rows
 from ..attention.maps import MapRows, Tokens, map_rows
-from ..attention.schedule import step_of
+from ..attention.schedule import in_steps, place_of
 from ..attention.taken import Taken
 from .families import Family
 from .host import KEY
@@ -141,14 +141,9 @@ class Call:
     part: Part
     texts: Lengths | None = None
 
-    @property
-    def step(self) -> int:
-        return self.run.step
-
-    @property
-    def progress(self) -> float:
-        """The step's place in the run, from 0 to 1."""
-        return self.run.step / self.run.steps
+    def progress(self, measure: str = "steps") -> float:
+        """The call's place in the run, from 0 to 1."""
+        return self.run.progress(measure)[self.run.place]
 
     @property
     def chunk(self) -> int:
@@ -290,10 +285,12 @@ class Run:
 
     sigmas: the run's list. shape: of the sampler's batch, (pairs x branches, channels, height, width).
     branches: rows of a pair. layers: of the network; family: of a transformer. guests: what takes part in it.
+    sigma_of: the model's noise schedule, from percent to sigma.
     lengths: uuid of each of the pair's own conditioning entries -> its number of tokens; texts: and those of
     each branch, of transformers.
     groups: the targets that go through the model together, all of them if memory allows.
-    step, sigma: of the prediction under way. known_sigma: what was already read for the next prediction.
+    place, sigma: of the prediction under way: the last of the run's sigmas that it has reached, and its own.
+    known_sigma: what was already read for the next prediction.
     injecting: whether the model calls under way belong to the pair's own prediction.
     predicted: whether that prediction was already made for this call of the sampler.
     injected, due: forwards in which layers took from the source, and in which they should have.
@@ -306,10 +303,11 @@ class Run:
     layers: Layers
     guests: tuple[Guest, ...] = ()
     family: Family | None = None
+    sigma_of: Callable[[float], Any] | None = None
     lengths: dict[uuid.UUID, int] = field(default_factory=dict)
     texts: dict[uuid.UUID, Lengths] = field(default_factory=dict)
     groups: tuple[Group, ...] = ()
-    step: int = 0
+    place: int = 0
     sigma: float = 0.0
     known_sigma: float | None = None
     injecting: bool = False
@@ -330,6 +328,20 @@ class Run:
     def steps(self) -> int:
         return len(self.sigmas) - 1
 
+    @property
+    def step(self) -> int:
+        """The step of the prediction under way."""
+        return min(self.place, self.steps - 1)
+
+    def progress(self, measure: str) -> Sequence[float]:
+        """The progress at each of the run's sigmas, from 0 to 1."""
+        if measure == "steps" or self.sigma_of is None:
+            return in_steps(self.steps)(measure)
+        sigma_of = self.sigma_of
+        return self.once(
+            ("progress", measure), lambda: [percent_of(sigma, sigma_of) for sigma in self.sigmas]
+        )
+
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What is worked out once per run. key: of all that it depends on."""
         if key not in self._made:
@@ -338,7 +350,7 @@ class Run:
 
     def at(self, sigma: float) -> None:
         """A prediction at this sigma begins."""
-        self.sigma, self.step = sigma, step_of(sigma, self.sigmas)
+        self.sigma, self.place = sigma, place_of(sigma, self.sigmas)
 
     def call(self, forward: Forward) -> Call | None:
         """What a forward is to the run, or None where it is not part of the pair's own prediction.
@@ -376,6 +388,25 @@ class Run:
             Part(self.everyone),
             self.texts.get(uuids[own[0]]) if own else None,
         )
+
+
+def percent_of(sigma: float, sigma_of: Callable[[float], Any]) -> float:
+    """Where in the model's noise schedule a sigma lies, from 0 to 1: the last percent p with
+
+        sigma_of(p) >= sigma
+
+    to five decimals. sigma_of: descends, as the host's `percent_to_sigma` of every kind of model does.
+    """
+    low, high = 0.0, 1.0
+    if float(sigma_of(low)) < sigma:
+        return low
+    for _ in range(30):
+        middle = (low + high) / 2
+        if float(sigma_of(middle)) >= sigma * (1.0 - 1e-6):
+            low = middle
+        else:
+            high = middle
+    return round(low, 5)
 
 
 def run_of(options: dict) -> Run | None:

@@ -71,7 +71,7 @@ class Clip:
 def spiece():
     """A small vocabulary of the kind that text encoders' files bring along (Gemma, UMT5, mT5)."""
     model = io.BytesIO()
-    text = [PROBE, "a photo of a red dog, in the snow", "Big cats and lions on a mat."]
+    text = [PROBE, "a photo of a red dog, in the snow", "Big cats and lions on a mat.", *["cat mat dog"] * 3]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(text * 20),
         model_writer=model,

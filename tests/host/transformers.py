@@ -500,10 +500,10 @@ TINY = {
 """Those that the running host has."""
 
 
-def build(name: str, seed: int = 0) -> comfy.model_patcher.ModelPatcher:
-    """The network of a family, with random weights, as a MODEL."""
+def build(name: str, seed: int = 0, **layout: Any) -> comfy.model_patcher.ModelPatcher:
+    """The network of a family, with random weights, as a MODEL. layout: what differs from `TINY`'s."""
     tiny = TINY[name]
-    made = getattr(comfy.supported_models, tiny.config)(tiny.layout)
+    made = getattr(comfy.supported_models, tiny.config)(tiny.layout | layout)
     made.unet_config |= tiny.forced
     made.set_inference_dtype(torch.float32, None)
     cpu = torch.device("cpu")

@@ -7,7 +7,7 @@ import torch
 from p2p.attention.inject import paired_rows
 from p2p.attention.maps import map_rows, map_step, token_columns, token_maps
 from p2p.attention.plan import Repeated, conditioning_length, cross_weights, make_plan
-from p2p.attention.schedule import TauSchedule, Window
+from p2p.attention.schedule import TauSchedule, Window, in_steps
 from p2p.tests import naive
 from p2p.tests.unit.test_inject import HEADS, PIXELS, attend, make_edit, paired_keys, tensors
 
@@ -18,7 +18,7 @@ FADED = TauSchedule(cross=Window(0, 0.5), fade=0.5, words=(("big", Window(0, 0.2
 def read(edit, tau, step, q, k, pairs, copies, offset, group=None):
     """The pack's maps of all words' tokens, for the pair's rows from `offset` on: (rows, n, W)."""
     length = conditioning_length(edit)
-    cross = make_plan(edit, tau, 10, Repeated(edit, length)).cross[step]
+    cross = make_plan(edit, tau, in_steps(10), Repeated(edit, length)).cross[step]
     columns = token_columns(Repeated(edit, length), edit.tokens)
     branches = [0, *(target + 1 for target in (group or range(len(edit.targets))))]
     rows = map_rows(branches, [offset], pairs * len(branches), q.device)
