@@ -615,3 +615,18 @@ def test_read_maps_of_cross_attention_are_columns_of_the_materialised_map(length
             )
             expected += (taken @ moved[n][source][:, target] + (1 - share)[n][target] * mine) / HEADS
         torch.testing.assert_close(found[n][:, target].double(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("method", "terms"), [("own", 1), ("image", 1), ("words", 2), ("all words", 1)])
+@pytest.mark.parametrize("words", [1, WIDTH, WIDTH + 1])
+def test_what_reading_maps_costs(method, terms, words):
+    """A call for each term and as many columns as a head is wide, of the targets' image queries alone."""
+    batch = make("text first", "heads side by side", targets=1, uncond=2)
+    mapping, share, _ = batch.tables()
+    share = torch.ones_like(share) if method == "all words" else share
+    made, _ = terms_of(batch, method, None, mapping, share)
+    calls = Calls(batch.layout.attend)
+    wanted = torch.ones(1, TEXT, words, dtype=torch.float64)
+    options = {"queries": (batch.tokens.image,), "wanted": wanted, **batch.reads()}
+    read_maps(calls, made, **options)
+    assert calls.sizes == [(1, IMAGE, TEXT + IMAGE)] * (terms * (2 if words > WIDTH else 1))
