@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from comfy.model_management import OOM_EXCEPTION
 from comfy.patcher_extension import WrappersMP
 from einops import rearrange
 from p2p.attention.blend import read_blend, region_mask, regions
@@ -234,6 +235,30 @@ def test_a_group_of_the_targets_at_a_time_gives_the_same_maps(name, model_of, mo
     _, apart = run(pair, PART, cfg=4.0)
     assert set(rows) == {2}
     assert_equal_maps(apart, together)
+
+
+@pytest.mark.parametrize("name", ["Flux", "PixArt Sigma"])
+def test_memory_that_runs_out_in_mid_run_leaves_the_same_maps(name, model_of):
+    pair, calls, failing = pair_of(name, model_of(name)), [], []
+
+    def override(function, *args, **kwargs):
+        calls.append(function)
+        if len(calls) in failing:
+            raise OOM_EXCEPTION("out of memory")
+        return function(*args, **kwargs)
+
+    model = pair.model.clone()
+    model.model_options["transformer_options"] = {OVERRIDE: override}
+    blend = read_blend("x1, y2", "", "", 0.7, 0.2)
+    expected, maps = run(replace(pair, model=model), PART, blend=blend)
+    count = len(calls)
+    for n in range(1, 4):
+        calls.clear()
+        failing[:] = [n * count // 4]
+        rows, found = run(replace(pair, model=model), PART, blend=blend)
+        assert len(calls) > count  # begun again, in parts
+        assert_close(rows, expected, 1e-4)
+        assert_equal_maps(found, maps)
 
 
 @pytest.mark.parametrize("name", ["Flux", "PixArt Sigma"])
