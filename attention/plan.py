@@ -47,7 +47,16 @@ def conditioning_length(edit: Edit) -> int:
 
 
 class Layout(Protocol):
-    """Where the tokens of the prompts stand in the conditionings that the model is given."""
+    """Where the tokens of the prompts stand in the conditionings that the model is given.
+
+    length: tokens of the conditionings, what fills them up included.
+    """
+
+    length: int
+
+    def places(self, branch: int, token: int) -> Sequence[int]:
+        """Where a token of a branch's prompt stands, all of its copies."""
+        ...
 
     def mapping(self, target: int) -> Tensor:
         """M of a target, by number, for whole conditionings: (length, length)."""
@@ -75,6 +84,9 @@ class Repeated:
             raise ValueError(
                 f"The conditioning has {length} tokens, but the prompts of the edit need {self.common}."
             )
+
+    def places(self, branch: int, token: int) -> Sequence[int]:
+        return range(token, self.common, self.edit.prompts[branch].length)
 
     def mapping(self, target: int) -> Tensor:
         """Each source copy gives its share, each of r target copies takes 1/r."""
@@ -108,6 +120,9 @@ class Padded:
                 )
         self.first = [length - size if front else 0 for size in own]
         self.more = [tokens - prompt for tokens, prompt in zip(lengths, own, strict=True)]
+
+    def places(self, branch: int, token: int) -> Sequence[int]:
+        return (self.first[branch] + token,)
 
     def mapping(self, target: int) -> Tensor:
         mapping = torch.zeros(self.length, self.length, dtype=torch.float64)

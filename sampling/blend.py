@@ -35,7 +35,9 @@ class Blending:
         reader = None
         if self.blend.needs_maps:
             tokens = tokens_of(self.regions, run.branches)
-            reader = MapReader(run, self.edit, tokens, region_layers(run.layers), keep_steps=False)
+            reader = MapReader(
+                run, self.edit, tokens, region_layers(run.layers, run.family), keep_steps=False
+            )
         return _Blend(run, self, reader)
 
 
@@ -55,7 +57,7 @@ class _Blend(Guest):
         self.reads = reader is not None
 
     def watch(self, call: Call, taken: Taken) -> MapReading | None:
-        return self.reader.watch(call, taken) if self.reader is not None else None
+        return self.reader.watch(call) if self.reader is not None else None
 
     def step(self, x: Tensor, n: int) -> None:
         run = self.run

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from ..attention.edit import Edit
-from ..attention.plan import Padded, Plan, Repeated, make_plan
+from ..attention.plan import Plan, make_plan
 from ..attention.schedule import TauSchedule
 from ..attention.taken import SelfTaken, Taken
+from .layout import layout_of
 from .network import of_kind
 from .run import Call
 
@@ -38,14 +39,5 @@ class PromptToPrompt:
     def _plan(self, call: Call) -> Plan:
         return call.run.once(
             ("plan", call.length, call.texts),
-            lambda: make_plan(self.edit, self.tau, call.run.progress, self._layout(call)),
+            lambda: make_plan(self.edit, self.tau, call.run.progress, layout_of(self.edit, call)),
         )
-
-    def _layout(self, call: Call) -> Repeated | Padded:
-        family, length = call.run.family, call.length
-        assert length is not None
-        if family is None:
-            return Repeated(self.edit, length)
-        assert call.texts is not None
-        front = bool(family.front) or family.padding == "front"
-        return Padded(self.edit, [sum(parts) for parts in call.texts], length, front)

@@ -11,7 +11,8 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ..attention.inject import Attention, Rows, paired_rows
+from ..attention.inject import Numbers, Rows, paired_numbers, paired_rows
+from ..attention.maps import MapRows, Tokens, map_rows
 from ..attention.schedule import in_steps, place_of
 from ..attention.taken import Taken
 from .families import Family
@@ -170,24 +171,20 @@ class Call:
         taking: of these targets, by number; of all of them by default.
         """
         chunks = tuple(range(self.chunks)) if everywhere else self.own
-        return self.rows_in(chunks, None if taking is None else tuple(taking), self.device)
+        return self.rows_in(chunks, None if taking is None else tuple(taking))
 
-    def rows_in(self, chunks: tuple[int, ...], taking: Group | None, device: torch.device) -> Rows:
+    def rows_in(self, chunks: tuple[int, ...], taking: Group | None) -> Rows:
         """The targets' rows in some chunks."""
-        part, known = self.part, not self.part.sources.in_batch
-        key = ("rows", self.batch, self.chunk, chunks, part.targets, known, taking, device)
-        return self.run.once(
-            key,
-            lambda: paired_rows(
-                self.batch,
-                part.targets,
-                [n * self.chunk for n in chunks],
-                self.chunk,
-                device,
-                taking,
-                known,
-            ),
-        )
+        known = not self.part.sources.in_batch
+        tiling = self.part.targets, [n * self.chunk for n in chunks], self.chunk
+        key = ("rows", self.batch, self.chunk, chunks, self.part.targets, known, taking, self.device)
+        return self.run.once(key, lambda: paired_rows(self.batch, *tiling, self.device, taking, known))
+
+    def numbers_in(self, chunks: tuple[int, ...], taking: Group | None) -> Numbers:
+        """The same rows as numbers."""
+        known = not self.part.sources.in_batch
+        tiling = self.part.targets, [n * self.chunk for n in chunks], self.chunk
+        return paired_numbers(self.batch, *tiling, taking, known)
 
     def source_rows(self) -> Tensor:
         """The sources' rows in the pair's own chunks."""
@@ -197,17 +194,34 @@ class Call:
         ]
         return self.run.once(key, lambda: torch.tensor(rows, dtype=torch.long, device=self.device))
 
+    def map_rows(self) -> MapRows:
+        """The rows whose maps are read: all of the pair's own chunks."""
+        key = ("map rows", self.chunk, self.own, self.part.targets, self.device)
+        offsets = [n * self.chunk for n in self.own]
+        return self.run.once(key, lambda: map_rows(self.part.branches, offsets, self.chunk, self.device))
+
 
 class Reading(Protocol):
-    """What a guest reads in the layers of one forward. It counts once the forward has ended."""
+    """What a guest reads in the layers of one forward. It counts once the forward has ended.
+
+    tokens: the wanted tokens of each branch's prompt.
+    """
 
     @property
     def layers(self) -> Collection[Layer]: ...
 
-    def read(
-        self, call: Call, layer: Layer, attend: Attention, q: Tensor, k: Tensor, extra_options: dict
-    ) -> None:
-        """attend: the host's attention. q (b, n, h d), k (b, L, h d). extra_options: the layer's."""
+    @property
+    def tokens(self) -> Tokens: ...
+
+    def columns(self, call: Call) -> Tensor:
+        """The wanted columns of each branch's maps, (B, t, W), float64 on the CPU."""
+        ...
+
+    def add(self, call: Call, layer: Layer, maps: Tensor, grid: tuple[int, int]) -> None:
+        """A layer's maps, (chunks x pairs x branches, n, W), in the order of `Call.map_rows`.
+
+        grid: height and width of its n queries.
+        """
         ...
 
     def commit(self) -> None:
