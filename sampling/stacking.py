@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention.edit import Edit
+from .control_nets import by_branch
 from .encode import encoded
 from .families import Family
 from .host import KEY
@@ -143,7 +144,10 @@ def _stacked(group: Sequence[dict], family: Family, network: Any) -> tuple[dict,
         name: _in_rows(name, [values[name] for values in given], axes.get(name), family.padding == "front")
         for name in given[0]
     }
-    return {**group[0], "model_conds": conds, "uuid": uuid.uuid4()}, texts
+    entry = {**group[0], "model_conds": conds, "uuid": uuid.uuid4()}
+    if entry.get("control") is not None:
+        entry["control"] = by_branch(entry["control"], texts, family)
+    return entry, texts
 
 
 def _in_rows(name: str, values: Sequence[Any], axis: int | None, front: bool) -> Any:

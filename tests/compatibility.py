@@ -45,12 +45,12 @@ and targets take them from there.
 
 def page() -> str:
     """The text of docs/compatibility.md."""
-    from p2p.tests.host.beside import ENTRIES, KINDS, LAWS
+    from p2p.tests.host.beside import ENTRIES, KINDS, LAWS, TRANSFORMERS
 
-    for name in ("", "_attention", "_runs"):
-        importlib.import_module(f"p2p.tests.host.test_compose{name}")
+    for name in ("compose", "compose_attention", "compose_runs", "transformers_beside"):
+        importlib.import_module(f"p2p.tests.host.test_{name}")
     parts = [INTRODUCTION]
-    for kind in KINDS:
+    for kind in (*KINDS, TRANSFORMERS):
         entries = sorted((e for e in ENTRIES.values() if e.kind == kind), key=lambda e: e.name.lower())
         parts.append(f"## {kind}\n")
         parts.append(f"| node or pack | tested with | {' | '.join(LAWS)} | note |")
