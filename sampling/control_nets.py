@@ -40,11 +40,11 @@ class OneBranchAtATime:
                     rows[part.key] = rows[part.key].narrow(part.axis, first, length)
             return self.control.get_control(x[branch::branches], t[branch::branches], rows, chunks, options)
 
-        found = [of_branch(branch) for branch in range(branches)]
-        if found[0] is None:
+        found = [one for one in map(of_branch, range(branches)) if one is not None]
+        if not found:  # outside of its part of the run
             return None
         return {
-            place: [_side_by_side(tensors) for tensors in zip(*(one[place] for one in found if one), strict=True)]
+            place: [_side_by_side(tensors) for tensors in zip(*(one[place] for one in found), strict=True)]
             for place in found[0]
         }
 

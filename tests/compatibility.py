@@ -19,9 +19,10 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "compatibility.md"
 INTRODUCTION = """\
 # Beside other nodes
 
-What this pack does next to other nodes. Every line is a test (`tests/host/test_compose*.py`) that runs
-ComfyUI's own node, or a small stand-in for a pack that patches models in the same way; this page is written
-from these tests by `python tests/compatibility.py`.
+What this pack does next to other nodes. Every line is a test (`tests/host/test_compose*.py`, and on tiny
+transformers with random weights `tests/host/test_transformers_beside.py`) that runs ComfyUI's own node, or a
+small stand-in for a pack that patches models in the same way; this page is written from these tests by
+`python tests/compatibility.py`.
 
 | column | a tick says that beside this node |
 | --- | --- |
@@ -38,8 +39,8 @@ Values that belong to the items of a batch (masks, ControlNet images, prompts of
 pair number 2 gets the second one on all of its branches. Only the controller's own positive is edited:
 negatives, other prompts on areas or masks, and extra passes of guidance nodes run untouched.
 
-ControlNets, T2I-Adapters, GLIGEN's boxes and inpainting images go on the negative of *Paired Sampler*; source
-and targets take them from there.
+ControlNets, T2I-Adapters, GLIGEN's boxes, inpainting and reference images and *FluxGuidance* go on the
+negative of *Paired Sampler*; source and targets take them from there.
 """
 
 

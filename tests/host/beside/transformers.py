@@ -19,7 +19,18 @@ from p2p.attention.prompt import END, START, WORD_END, read_prompt
 from p2p.sampling.encode import EncodedPrompt
 from p2p.tests.host.beside import TRANSFORMERS, files, model_node, stock, stock_outputs
 from p2p.tests.host.beside import add as add_neighbour
-from p2p.tests.host.beside.graphs import custom, guided, half, hints, other, soft_mask
+from p2p.tests.host.beside.graphs import (
+    again,
+    custom,
+    guided,
+    half,
+    hints,
+    in_two_parts,
+    other,
+    soft_mask,
+    split_sigmas,
+    upscaled,
+)
 from p2p.tests.host.beside.models import with_patches
 from p2p.tests.host.runs import SOURCE, STOCK, Settings, Studio, ksampler
 from p2p.tests.host.transformers import KNOWN, build, conditioning, randomize
@@ -124,7 +135,7 @@ add(
     model=model_node(
         "comfy_extras.nodes_nag", "NAGuidance", nag_scale=3.0, nag_alpha=0.5, nag_tau=2.5
     ),
-    note="In later versions of ComfyUI.",
+    note="Tested on ComfyUI 0.33; the oldest supported has no such node.",
 )
 for name in ("EasyCache", "LazyCache"):
     add(
@@ -298,7 +309,8 @@ add(
     "Flux",
     target=AS_LONG,
     positive=styled(0.3, "attn_bias"),
-    note="Its mask goes with the rows that it belongs to. Prompts need as many tokens, as Flux's have up to 256.",
+    note="Its mask goes with the rows that it belongs to. Source and targets need as many tokens; Flux fills "
+    "prompts up to 256.",
 )
 
 
@@ -405,4 +417,29 @@ add(
             style="regular",
         )
     ),
+)
+add(
+    "LatentUpscaleBy and a second pass (hires fix)",
+    "Flux",
+    "SD3",
+    sample=again(upscaled),
+    acts=False,
+    note="Model, positive and the paired result go on into the second sampler.",
+)
+for name, sampler in (
+    ("KSamplerAdvanced in two parts, with leftover noise", in_two_parts),
+    ("SplitSigmas and two SamplerCustom", split_sigmas),
+):
+    note = "tau counts the steps of each part by itself."
+    add(name, "Flux", "Qwen-Image", sample=sampler, acts=False, note=note)
+for name, size in (("A batch of seeds", (3, 8, 8)), ("Wide and tall latents", (1, 6, 24))):
+    add(name, "Flux", "SD3", "Qwen-Image", size=size, acts=False)
+add("Latents with odd sides", "Flux", "Qwen-Image", size=(1, 11, 7), acts=False)
+add(
+    "Latent of a picture, denoise 0.5 (img2img)",
+    "Flux",
+    "Qwen-Image",
+    latent=lambda s, latent: {"samples": drawn(s, half())["samples"]},
+    settings=Settings(steps=4, scheduler="simple", denoise=0.5),
+    acts=False,
 )
