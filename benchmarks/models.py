@@ -92,12 +92,12 @@ def random_model(name: str, dtype: Any = None) -> Model:
     config.set_inference_dtype(dtype or dtype_of(device), None)
     model = config.get_model({}, "", device=device)
     for name, parameter in model.diffusion_model.named_parameters():
-        _fill(name, parameter)
+        fill(name, parameter)
     patcher = comfy.model_patcher.ModelPatcher(model, device, comfy.model_management.unet_offload_device())
     return Model(patcher, layout["context_dim"], 1280 if layout["adm_in_channels"] else 0)
 
 
-def _fill(name: str, parameter: Any) -> None:
+def fill(name: str, parameter: Any) -> None:
     """Norms are 1, biases 0, and matrices keep the size of what they multiply."""
     import torch
 
