@@ -15,8 +15,8 @@ class Layout:
     """A family's network.
 
     config: class in `comfy.supported_models`. network: its layout, of all sizes but depth. blocks: how many
-    of each kind. tokens: of the text, as its tokenizer gives them. width, pooled: of the text's features.
-    frames: whether latents have that axis. cfg: 1 for one forward of the prompts alone.
+    of each kind; all of a kind are alike. tokens: of the text, as its tokenizer gives them. width, pooled: of
+    the text's features. frames: whether latents have that axis. cfg: 1 for the prompts without a negative.
     """
 
     config: str
@@ -47,12 +47,12 @@ LAYOUTS = {
             "qkv_bias": True,
             "guidance_embed": True,
         },
-        {"depth": 1, "depth_single_blocks": 2},
+        {"depth": 1, "depth_single_blocks": 1},
         tokens=256,
         width=4096,
         pooled=768,
     ),
-    "SD3.5 Large": Layout(
+    "SD3.5-Large": Layout(
         "SD3",
         {
             "in_channels": 16,
@@ -68,7 +68,7 @@ LAYOUTS = {
                 "params": {"in_features": 4096, "out_features": 2432},
             },
         },
-        {"depth": 38, "num_blocks": 3},  # of 38 blocks the width is made
+        {"depth": 38, "num_blocks": 2},  # the width is made of 38
         tokens=154,
         width=4096,
         pooled=2048,
@@ -83,24 +83,13 @@ LAYOUTS = {
             "num_attention_heads": 24,
             "joint_attention_dim": 3584,
         },
-        {"num_layers": 2},
+        {"num_layers": 1},
         tokens=77,
         width=3584,
         frames=True,
         cfg=4.0,
     ),
 }
-
-
-@dataclass(frozen=True)
-class Transformer(Model):
-    """A `Model` whose text has so many tokens."""
-
-    tokens: int
-
-    def conditioning(self, conditioning: list) -> list:
-        wider = [[cond[:, :1].expand(-1, self.tokens, -1) * 1.0, options] for cond, options in conditioning]
-        return super().conditioning(wider)
 
 
 class JointBench(Bench):
@@ -125,7 +114,8 @@ class JointBench(Bench):
 
     def built(self, edit: Any, tau: Any = None) -> Variant:
         """The swap with materialised maps, in every step."""
-        return Variant(materialised(self.model.patcher, edit, self.layout.tokens), self.rows(edit), edit.branches)
+        model = materialised(self.model.patcher, edit, self.layout.tokens)
+        return Variant(model, self.rows(edit), edit.branches)
 
     def variants(self) -> dict[str, Variant]:
         """Every kind of edit with one target, injected in all steps."""
@@ -157,7 +147,7 @@ class JointBench(Bench):
         return [[torch.zeros(1, self.layout.tokens, self.model.width), pooled]]
 
 
-def _random_model(layout: Layout) -> Transformer:
+def _random_model(layout: Layout) -> Model:
     """The network, with random weights."""
     import comfy.model_management
     import comfy.model_patcher
@@ -170,7 +160,7 @@ def _random_model(layout: Layout) -> Transformer:
     for name, tensor in model.diffusion_model.state_dict().items():
         fill(name, tensor)
     patcher = comfy.model_patcher.ModelPatcher(model, device, comfy.model_management.unet_offload_device())
-    return Transformer(patcher, layout.width, layout.pooled, layout.tokens)
+    return Model(patcher, layout.width, layout.pooled, layout.tokens)
 
 
 def materialised(model: Any, edit: Any, tokens: int) -> Any:
@@ -204,11 +194,11 @@ def materialised(model: Any, edit: Any, tokens: int) -> Any:
 
     positive = 0
 
-    def apply_model(executor: Any, x: Any, t: Any, concat: Any, text: Any, control: Any, options: dict, **kw: Any) -> Any:
+    def apply_model(executor: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal positive
+        *given, options = args
         positive = options["cond_or_uncond"].index(0)
-        options = {**options, "optimized_attention_override": attention}
-        return executor(x, t, concat, text, control, options, **kw)
+        return executor(*given, {**options, "optimized_attention_override": attention}, **kwargs)
 
     patched = model.clone()
     patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "materialised", apply_model)

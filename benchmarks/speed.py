@@ -177,6 +177,10 @@ def main() -> None:
         return
     folder = PAGE.parent / "benchmarks"
     folder.mkdir(exist_ok=True)
+
+    def joint_table(name: str) -> str:
+        return edits_table(bench(name), f"Blocks of {name}", options.size or 512, plan)
+
     parts: dict[str, Callable[[], str]] = {
         "edits": lambda: edits_table(bench("SD1.5"), "SD1.5's U-Net", options.size or 512, plan),
         "paths": lambda: paths_table(bench("SD1.5"), bench("SD1.5").by_default(), "SD1.5's U-Net"),
@@ -194,12 +198,7 @@ def main() -> None:
             bench("SDXL"), "SDXL's U-Net", options.size or 1024, plan, [PLAIN, "swap", "refine", MATERIALISED]
         ),
     }
-    for name, layout in LAYOUTS.items():
-        blocks = " and ".join(f"{count} {kind}" for kind, count in layout.blocks.items())
-        title = f"{name}'s blocks ({blocks})"
-        parts[name] = partial(
-            lambda name, title: edits_table(bench(name), title, options.size or 1024, plan), name, title
-        )
+    parts |= {name: partial(joint_table, name) for name in LAYOUTS}
     models: dict[str, Bench] = {}
 
     def bench(name: str) -> Bench:
