@@ -261,9 +261,8 @@ class Term:
         self, attend: Attention, rows: Rows, tokens: Tokens, queries: Spans | None, values: Callable
     ) -> Tensor:
         """The term in the targets' rows alone, for some queries. values: from the targets' v."""
-        call = self.call.rows(rows.target)
-        call = replace(call, v=self.values(values(call.v), tokens))
-        return (call if queries is None else call.queries(queries)).attend(attend, self.target)
+        call = (self.call if queries is None else self.call.queries(queries)).rows(rows.target)
+        return replace(call, v=self.values(values(call.v), tokens)).attend(attend, self.target)
 
 
 def image_attention(
@@ -440,19 +439,15 @@ def _edited(
     whole = rest is terms and gain is None
     image = None if whole else (tokens.image,)
     out = terms[0].of_all(attend, rows, tokens, gain)
-    if whole and len(terms) == 1:
-        return out
-    edited = cut(out.index_select(0, rows.target), image or (slice(None),))
-    for term in terms[1:]:
-        edited = edited + term.of_targets(attend, rows, tokens, image, lambda v: _gained(v, gain, tokens))
-    if image is None:
-        out[rows.target] = edited
-        return out
-    if gain is not None:
-        ratio = _row_sums(attend, terms, tokens, rows, heads, gain).to(edited.dtype)
-        edited = _join_heads(_split_heads(edited, heads) * ratio, edited.ndim)
-    _put(out, image, edited, rows.target)
-    others = tokens.others(out.shape[-2])
+    if len(terms) > 1 or gain is not None:
+        edited = cut(out, image or (slice(None),)).index_select(0, rows.target)
+        for term in terms[1:]:
+            edited += term.of_targets(attend, rows, tokens, image, lambda v: _gained(v, gain, tokens))
+        if gain is not None:
+            ratio = _row_sums(attend, terms, tokens, rows, heads, gain).to(edited.dtype)
+            edited = _join_heads(_split_heads(edited, heads) * ratio, edited.ndim)
+        _put(out, image or (slice(0, out.shape[-2]),), edited, rows.target)
+    others = () if whole else tokens.others(out.shape[-2])
     if not others:
         return out
     parts = [term.of_targets(attend, rows, tokens, others, lambda v: v) for term in rest]
@@ -528,8 +523,10 @@ def read_maps(
 
 def _from_origin(x: Tensor, origins: Tensor, rows: Rows, spans: Spans) -> Tensor:
     """x with some tokens of the targets' rows as their sources have them."""
-    origin = rows.origin.index_select(0, rows.target)
-    return _put(x.clone(), spans, cut(origins, spans).index_select(0, origin), rows.target)
+    origin, x = rows.origin.index_select(0, rows.target), x.clone()
+    for span in spans:
+        x[..., span, :][rows.target] = origins[..., span, :].index_select(0, origin)
+    return x
 
 
 def _put(x: Tensor, spans: Spans, values: Tensor, rows: Tensor | None = None) -> Tensor:

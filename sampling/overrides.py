@@ -127,10 +127,11 @@ class Places:
         return sizes == {"self": (image, image), "cross": (image, every), "text": (first, first)}[layer.kind]
 
     def tokens(self, layer: Layer, length: int) -> Tokens:
-        """Where text and image lie in a call; of self-attention all is image, of text alone all is text."""
+        """Where text and image lie in a call; of text alone all is text, and else, but for joint and
+        cross-attention, all is image."""
         if layer.kind == "joint":
             return self.family.tokens(self.texts, self.image, length, self.multiple)
-        if layer.kind == "self":
+        if layer.kind not in ("cross", "text"):
             return Tokens((), slice(0, length))
         texts = self.texts if layer.kind == "cross" else self.texts[:1]
         ends = [sum(texts[: n + 1]) for n in range(len(texts))]
