@@ -1,4 +1,4 @@
-"""Transformers with joint attention at their real widths: a few blocks with random weights, and their edits."""
+"""Transformers with joint attention at their real widths: some blocks, random weights, and their edits."""
 
 from __future__ import annotations
 
