@@ -56,11 +56,11 @@ bench-inversion: env  ## edit pictures by every method and inversion; figures in
 	@$(VENV)/python benchmarks/inversion.py $(ARGS)
 
 pairs: env  ## a small training set of edited pairs on the bundled model, and output/pairs/example/report.html
-	@$(VENV)/python pairs make pairs/example.jsonl --out output/pairs/example --demo $(ARGS)
+	@$(VENV)/python pairs make pairs/example.jsonl --out output/pairs/example --demo --keep 2 $(ARGS)
 	@$(VENV)/python pairs report output/pairs/example
 
 bench-pairs: env  ## what the engine of pairs costs, how it scales, kills at random moments (an hour)
-	@for part in engine speed acceptance kills; do $(VENV)/python benchmarks/pairs.py $$part || exit 1; done
+	@for part in engine speed acceptance kills cost; do $(VENV)/python benchmarks/pairs.py $$part || exit 1; done
 
 train-demo: env  ## train the bundled model and its CLIP from nothing (hours; resumes where it stopped)
 	@COMFYUI_PATH="$$($(PYTHON) tools/env.py --host-path)" $(VENV)/python -m demo.train $(ARGS)

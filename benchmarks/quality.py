@@ -1,6 +1,7 @@
 """Does the edit happen, and does the rest of the picture stay?  Writes the section of docs/benchmarks.md.
 
 python benchmarks/quality.py [--pairs 100] [--seeds 2]
+python benchmarks/quality.py --halves        self-attention alone, in one and in both halves of guidance
 
 Prompt pairs come from the demo's scene grammar, in order, none picked (`cases.py`); each is sampled on the
 bundled model with every method (`runs.py`) from the same noise. What is measured:
@@ -29,7 +30,7 @@ from typing import Any
 from cases import KINDS, Case, cases
 from measure import machine, psnr, ssim, write_section
 from pack import ROOT, load_pack
-from runs import BLEND, CFG, DEFAULT, METHODS, SAMPLER, SCHEDULER, STEPS, Runner
+from runs import BLEND, CFG, DEFAULT, HALVES, METHODS, SAMPLER, SCHEDULER, STEPS, Runner
 
 OUT, PAGE = ROOT / "output" / "quality", ROOT / "docs" / "benchmarks.md"
 CELL = 8
@@ -145,9 +146,9 @@ def overlap(a: Any, b: Any) -> float:
 
 def measured(runner: Runner, judge: Judge, case: Case, seed: int) -> dict[str, Any]:
     """All figures of one case; they and its pictures are kept."""
-    kept = OUT / f"{case.kind}-{case.number:03d}-{seed}.json"
+    kept = runner.folder / f"{case.kind}-{case.number:03d}-{seed}.json"
     figures = json.loads(kept.read_text()) if kept.exists() else {}
-    names = [name for name in METHODS if name != BLEND or case.change != "style"]
+    names = runner.methods(case)
     if set(names) - set(figures):
         latents = runner.latents(case, seed)
         pictures = runner.decode([latents["source"], *(latents[name] for name in names)])
@@ -176,15 +177,16 @@ def mean(values: Iterable[float]) -> float:
     return statistics.fmean(values)
 
 
-def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
+def summary(records: list[dict[str, Any]], methods: Iterable[str] = METHODS) -> dict[str, Any]:
     """Kind -> method -> means, with the number of cases that each is of."""
-    table: dict[str, Any] = {}
-    for kind in KINDS:
+    found: dict[str, Any] = {}
+    for kind in dict.fromkeys(record["kind"] for record in records):
         rows = [record for record in records if record["kind"] == kind]
-        table[kind] = {method: _means([r["figures"].get(method) for r in rows]) for method in METHODS}
+        found[kind] = {method: _means([r["figures"].get(method) for r in rows]) for method in methods}
         blended = [r["figures"] for r in rows if BLEND in r["figures"]]
-        table[kind][SAME_EDITS] = _means([figures[DEFAULT] for figures in blended])
-    return table
+        if blended:
+            found[kind][SAME_EDITS] = _means([figures[DEFAULT] for figures in blended])
+    return found
 
 
 def _means(figures: list[dict[str, Any] | None]) -> dict[str, float]:
@@ -200,33 +202,41 @@ def _means(figures: list[dict[str, Any] | None]) -> dict[str, float]:
     }
 
 
-def page_text(means: dict[str, Any], settings: dict[str, Any], accuracy: dict[str, float]) -> str:
-    lines = [
+def conditions(settings: dict[str, Any]) -> str:
+    return (
         f"{settings['pairs']} prompt pairs of each kind, {settings['seeds']} "
         f"seed{'s' if settings['seeds'] > 1 else ''} each: {STEPS} steps, guidance {CFG:g}, {SAMPLER}, "
-        f"{SCHEDULER}. {settings['machine']}, {settings['precision']}.",
+        f"{SCHEDULER}. {settings['machine']}, {settings['precision']}."
+    )
+
+
+def table(kind: str, means: dict[str, Any]) -> list[str]:
+    """Lines of the page: a row for each method."""
+    lines = [
         "",
-        "![Preservation against success](benchmarks/quality.png)",
+        f"**{kind}**",
+        "",
+        "| tau | edit success | background error | PSNR | SSIM | layout |",
+        "|---|---|---|---|---|---|",
     ]
+    plain = means["no control"]
+    for method, one in means.items():
+        if method == SAME_EDITS and one["cases"] == plain["cases"]:
+            continue
+        name = f"**{method}** (default)" if method == DEFAULT else method
+        if one["cases"] < plain["cases"]:
+            name += f" ({one['cases']} of {plain['cases']})"
+        lines.append(
+            f"| {name} | {one['success']:.0%} | {one['error'] / plain['error']:.2f} "
+            f"| {one['psnr']:.1f} dB | {one['ssim']:.3f} | {one['layout']:.2f} |"
+        )
+    return lines
+
+
+def page_text(means: dict[str, Any], settings: dict[str, Any], accuracy: dict[str, float]) -> str:
+    lines = [conditions(settings), "", "![Preservation against success](benchmarks/quality.png)"]
     for kind in KINDS:
-        lines += [
-            "",
-            f"**{kind}**",
-            "",
-            "| tau | edit success | background error | PSNR | SSIM | layout |",
-            "|---|---|---|---|---|---|",
-        ]
-        plain = means[kind]["no control"]
-        for method, one in means[kind].items():
-            if method == SAME_EDITS and one["cases"] == plain["cases"]:
-                continue
-            name = f"**{method}** (default)" if method == DEFAULT else method
-            if one["cases"] < plain["cases"]:
-                name += f" ({one['cases']} of {plain['cases']})"
-            lines.append(
-                f"| {name} | {one['success']:.0%} | {one['error'] / plain['error']:.2f} "
-                f"| {one['psnr']:.1f} dB | {one['ssim']:.3f} | {one['layout']:.2f} |"
-            )
+        lines += table(kind, means[kind])
     lines += ["", "Goals at the default tau:", ""]
     for kind in KINDS:
         plain, ours = means[kind]["no control"], means[kind][DEFAULT]
@@ -287,6 +297,7 @@ def main() -> None:
     )
     parser.add_argument("--pairs", type=int, default=100, help="of each kind")
     parser.add_argument("--seeds", type=int, default=2, help="noise seeds for each pair")
+    parser.add_argument("--halves", action="store_true", help="self-attention alone, in one or both halves")
     options = parser.parse_args()
     load_pack()
     import comfy.utils
@@ -294,22 +305,29 @@ def main() -> None:
 
     torch.set_grad_enabled(False)
     comfy.utils.set_progress_bar_enabled(False)
-    runner = Runner(OUT)
+    runner = Runner(OUT / "halves", HALVES, blend=False) if options.halves else Runner(OUT)
     judge = Judge()
-    columns = {kind: list(cases(kind, options.pairs)) for kind in KINDS}
+    kinds = KINDS[:2] if options.halves else KINDS  # a re-weighting has a map to scale, or is another prompt
+    columns = {kind: list(cases(kind, options.pairs)) for kind in kinds}
     records = []
     for seed in range(options.seeds):
         for number in range(options.pairs):
-            records += [measured(runner, judge, columns[kind][number], seed) for kind in KINDS]
+            records += [measured(runner, judge, columns[kind][number], seed) for kind in columns]
             print(f"seed {seed}: {number + 1} of {options.pairs} pairs of each kind", flush=True)
-    means = summary(records)
+    means = summary(records, HALVES if options.halves else METHODS)
     settings = {
         "pairs": options.pairs,
         "seeds": options.seeds,
         "machine": machine(),
         "precision": "bfloat16" if runner.half else "float32",
-        "reference": reference(runner, REFERENCE),
     }
+    if options.halves:
+        lines = [conditions(settings), *(line for kind in kinds for line in table(kind, means[kind]))]
+        text = "\n".join(lines)
+        write_section(PAGE, "halves", text)
+        print(text)
+        return
+    settings["reference"] = reference(runner, REFERENCE)
     folder = PAGE.parent / "benchmarks"
     folder.mkdir(exist_ok=True)
     (folder / "quality.json").write_text(

@@ -28,6 +28,15 @@ TAUS: dict[str, tuple[float, float, float]] = {
     "self only, 0.8": (0.0, 0.8, 1.0),
 }
 """Ends of the windows of cross- and self-attention, and self_resolution."""
+HALVES: dict[str, tuple[float, float, float, str]] = {
+    "no control": (0.0, 0.0, 0.5, "map"),
+    **{
+        f"self only, {end}, {half}": (0.0, end, 1.0, mode)
+        for end in (0.2, 0.4, 0.6, 0.8)
+        for half, mode in (("one half", "map"), ("both halves", "map in both halves"))
+    },
+}
+"""The same and self_mode: self-attention alone, in one half of guidance and, as published, in both."""
 DEFAULT = "cross 0.8, self 0.4"
 BLEND = "local blend"
 METHODS = (*TAUS, BLEND)
@@ -38,43 +47,53 @@ class Runner:
     """The bundled model, in bfloat16 where the processor multiplies it natively.
 
     folder: where the latents of every run are kept; a run that is there is not repeated.
+    taus: the schedules by their names. blend: whether Local Blend is a method too.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, taus: dict[str, Any] = TAUS, blend: bool = True):
         import torch
         from p2p.demo.loader import load_demo_model
 
-        self.folder = folder
+        self.folder, self.taus, self.blend = folder, taus, blend
         self.model, self.clip, self.vae = load_demo_model()
         self.negative = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(""))
         self.half = torch.cuda.is_available() or has_bfloat16()
         folder.mkdir(parents=True, exist_ok=True)
 
+    def methods(self, case: Case) -> list[str]:
+        """The names of what a case is sampled with; blending is left out where an edit is of no region."""
+        return [*self.taus, *([BLEND] if self.blend and case.change != "style" else [])]
+
     def latents(self, case: Case, seed: int) -> dict[str, Any]:
-        """Method, or "source" -> latent (4, 16, 16); blending is left out where an edit is of no region."""
+        """Method, or "source" -> latent (4, 16, 16)."""
         from safetensors.torch import load_file, save_file
 
         path = self.folder / f"{case.kind}-{case.number:03d}-{seed}.safetensors"
         done = load_file(path) if path.exists() else {}
-        taus = [name for name in TAUS if name not in done]
+        taus = [name for name in self.taus if name not in done]
         if taus:
             sources, targets = self._sample(self.edit(case, taus), seed)
             done |= {"source": sources[0], **dict(zip(taus, targets, strict=True))}
-        if BLEND not in done and case.change != "style":
+        if BLEND in set(self.methods(case)) - set(done):
             _, targets = self._sample(self.edit(case, [DEFAULT]), seed, blend_of(case))
             done[BLEND] = targets[0]
         save_file({name: latent.contiguous() for name, latent in done.items()}, path)
         return done
 
     def edit(self, case: Case, taus: list[str]) -> Any:
-        """An edit with one target for each of these names of `TAUS`."""
+        """An edit with one target for each of these names of the runner's schedules."""
         from p2p.attention.schedule import TauSchedule, Window
 
         return self.edits(
             case,
             {
-                name: TauSchedule(Window(0.0, cross), Window(0.0, self_), self_resolution=resolution)
-                for name, (cross, self_, resolution) in ((name, TAUS[name]) for name in taus)
+                name: TauSchedule(
+                    Window(0.0, cross),
+                    Window(0.0, self_),
+                    self_resolution=resolution,
+                    **dict(zip(("self_mode",), mode, strict=False)),
+                )
+                for name, (cross, self_, resolution, *mode) in ((name, self.taus[name]) for name in taus)
             },
         )
 

@@ -193,6 +193,7 @@ INPUTS = {
     "cross_end": ("cross_end",),
     "self_end": ("self_end",),
     "self_resolution": ("self_resolution",),
+    "self_mode": ("self_mode",),
     "blend_words": ("words",),
     "blend_source_words": ("source_words",),
     "model": ("ckpt_name", "unet_name"),

@@ -329,7 +329,6 @@ def cluster(job: Job) -> Iterator[Any]:
 
     from ..tools.env import find_host
 
-    reach(job.cluster)
     with tempfile.TemporaryDirectory(prefix="pairs-") as scratch:
         environment: dict[str, Any] = {"env_vars": {"COMFYUI_PATH": str(find_host())}}
         if job.cluster:
@@ -361,10 +360,12 @@ def reach(address: str | None) -> None:
     if not address or address in ("auto", "local"):
         return
     host, _, port = address.split("://")[-1].rpartition(":")
+    if not host or not port.isdigit():
+        raise RunError(f"the address of the Ray cluster is {address!r}; expected HOST:PORT")
     try:
         socket.create_connection((host, int(port)), timeout=10).close()
-    except (OSError, ValueError) as error:
-        raise RunError(f"no Ray cluster at {address}: {describe(error)}; expected HOST:PORT") from None
+    except (OSError, OverflowError) as error:
+        raise RunError(f"no Ray cluster at {address}: {describe(error)}") from None
 
 
 def _packed(folder: Path) -> Path:

@@ -17,6 +17,7 @@ SETTINGS = (
     "cross_end",
     "self_end",
     "self_resolution",
+    "self_mode",
     "cfg",
     "steps",
     "sampler",

@@ -19,13 +19,14 @@ from .fields import SCORES
 from .select import Filter
 from .store import Store
 
-BINS, SHOWN, SIDE = 30, 6, 160
+BINS, BARS, SHOWN, SIDE = 600, 24, 6, 160
+"""Bins of a score from 0 to 1, bars of a histogram at most, pairs of a gallery, px of an image."""
 RANKED = ("clip_sim_dir", "ssim")
 """The score that pairs are ranked by: the first that they have."""
 NAMES = {
     "clip_sim_0": "source image and its prompt",
     "clip_sim_1": "target image and its prompt",
-    "clip_sim_dir": "change of the images and change of the prompts",
+    "clip_sim_dir": "changes of images and prompts",
     "clip_sim_image": "both images",
     "ssim": "SSIM",
     "ssim_inside": "SSIM inside the mask",
@@ -172,25 +173,33 @@ def _chart(name: str, bins: dict[bool, Counter[int]], chosen: Filter) -> str:
     limit = chosen.least.get(name, chosen.most.get(name))
     if limit is not None:
         low, high = min(low, math.floor(limit * BINS)), max(high, math.floor(limit * BINS))
-    top = max(bins[True][n] + bins[False][n] for n in range(low, high + 1))
-    width = 240 / (high - low + 1)
+    per = -(-(high - low + 1) // BARS)
+    low = low // per * per  # bars begin at whole bins, and one of them at 0
+    count = (high - low) // per + 1
+    heights = {
+        kept: [sum(found[n] for n in range(at, at + per)) for at in range(low, low + count * per, per)]
+        for kept, found in bins.items()
+    }
+    top = max(map(sum, zip(*heights.values(), strict=True)))
+    width = 240 / count
     bars = []
-    for n in range(low, high + 1):
+    for n in range(count):
         base = 80.0
         for kept, color in ((True, "var(--kept)"), (False, "var(--rest)")):
-            tall = 76 * bins[kept][n] / top
+            tall = 76 * heights[kept][n] / top
             base -= tall
             if tall:
                 bars.append(
-                    f"<rect x={10 + (n - low) * width:.1f} y={base:.1f} width={max(width - 1, 1):.1f} "
+                    f"<rect x={10 + n * width:.1f} y={base:.1f} width={min(width - 1, 12):.1f} "
                     f"height={tall:.1f} fill='{color}'/>"
                 )
     if limit is not None:
-        x = 10 + (limit * BINS - low) * width
+        x = 10 + (limit * BINS - low) / per * width
         bars.append(f"<path d='M{x:.1f} 0V84' stroke='#d33' stroke-width=1.5 />")
+    high = low + count * per
     ends = (
         f"<text x=10 y=94 font-size=9 fill=currentColor>{low / BINS:.2f}</text>"
-        f"<text x=250 y=94 font-size=9 fill=currentColor text-anchor=end>{(high + 1) / BINS:.2f}</text>"
+        f"<text x=250 y=94 font-size=9 fill=currentColor text-anchor=end>{high / BINS:.2f}</text>"
     )
     return (
         f"<div class=chart><b>{name}</b><br><small>{NAMES[name]}</small>"
@@ -203,10 +212,10 @@ def _galleries(store: Store, tally: Tally) -> list[str]:
     order = np.argsort(-np.array(tally.ranked), kind="stable")
     if not len(order):
         return []
-    count = min(SHOWN, max(1, len(order) // 3))  # of a small set each pair once
-    middle = (len(order) - count) // 2
-    parts = {"Best": order[:count], "Middle": order[middle:][:count], "Worst": order[-count:]}
-    groups = {title: [(tally.row_of[at], tally.try_of[at]) for at in part] for title, part in parts.items()}
+    third = max(1, len(order) // 3)  # of a small set each pair once
+    middle = (len(order) - min(SHOWN, third)) // 2
+    parts = {"Best": order[:third], "Middle": order[middle:][:third], "Worst": order[::-1][:third]}
+    groups = {title: _first(part, tally) for title, part in parts.items()}
     wanted = {place for group in groups.values() for place in group}
     rows = {number for number, _ in wanted}
     found: dict[tuple[int, int], str] = {}
@@ -220,6 +229,15 @@ def _galleries(store: Store, tally: Tally) -> list[str]:
         f"<h2>{title}</h2><div class=row>{''.join(found[place] for place in group)}</div>"
         for title, group in groups.items()
     ]
+
+
+def _first(order: Iterable[int], tally: Tally) -> list[tuple[int, int]]:
+    """The first tries of different rows: each row's number and the try's in it."""
+    found: dict[int, int] = {}
+    for at in order:
+        if len(found) < SHOWN:
+            found.setdefault(tally.row_of[at], tally.try_of[at])
+    return list(found.items())
 
 
 def _figure(store: Store, values: dict[str, Any], kept: bool) -> str:

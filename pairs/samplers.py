@@ -47,7 +47,6 @@ class ComfySampler:
         torch.backends.cudnn.deterministic = True
         import_host(*([] if torch.cuda.is_available() else ["--cpu", "--use-pytorch-cross-attention"]))
         import comfy.samplers
-        import comfy.sd
         import comfy.utils
 
         comfy.utils.set_progress_bar_enabled(False)
@@ -58,7 +57,7 @@ class ComfySampler:
 
                 parts = load_demo_model()
             else:
-                parts = comfy.sd.load_checkpoint_guess_config(checkpoint)[:3]
+                parts = load_checkpoint(checkpoint)
         if any(part is None for part in parts):
             raise ValueError(f"{checkpoint} has no {', '.join(absent(parts))}; expected a whole checkpoint")
         self.model, self.clip, self.vae = parts
@@ -88,6 +87,7 @@ class ComfySampler:
             Window(0.0, unit["cross_end"]),
             Window(0.0, unit["self_end"]),
             self_resolution=unit["self_resolution"],
+            self_mode=unit["self_mode"],
         )
         words, source_words = unit["blend_words"], unit["blend_source_words"]
         blend = read_blend(words, source_words, "", 0.3, 0.2) if words or source_words else None
@@ -119,6 +119,16 @@ class ComfySampler:
     def _decode(self, latents: Any) -> np.ndarray:
         images = self.vae.decode(latents).float().cpu().numpy()
         return np.clip(255.0 * images, 0, 255).astype(np.uint8)
+
+
+def load_checkpoint(file: str) -> Any:
+    """Model, CLIP and VAE, as ComfyUI loads them. Raises ValueError for a file that it cannot load."""
+    import comfy.sd
+
+    try:
+        return comfy.sd.load_checkpoint_guess_config(file)[:3]
+    except Exception as error:  # the libraries' own, of many kinds
+        raise ValueError(f"{file} is no checkpoint that ComfyUI can load: {error}") from error
 
 
 def absent(parts: Any) -> list[str]:

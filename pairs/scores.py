@@ -14,26 +14,30 @@ from PIL import Image
 from .store import Store, image_names
 
 DIGITS = 4
+DEMO = "demo"
+BUNDLED_CLIP = Path(__file__).resolve().parent.parent / "demo" / "clip"
 
 
 class Clip:
     """A CLIP or SigLIP of the `transformers` library.
 
-    name: a folder, or a name on the hub. Raises OSError or ValueError, as the library does, if there is none.
+    name: a folder, a name on the hub, or "demo" for the bundled one. Raises OSError or ValueError, as the
+    library does, if there is none.
     """
 
     def __init__(self, name: str):
         import torch
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
+        name = str(BUNDLED_CLIP) if name == DEMO else name
         torch.set_num_threads(1)
-        torch.set_grad_enabled(False)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = AutoModel.from_pretrained(name, dtype=torch.float32).eval().to(device)
         self.tokenizer = AutoTokenizer.from_pretrained(name)
         self.process = AutoImageProcessor.from_pretrained(name)
         self.length = self.model.config.text_config.max_position_embeddings
         self.text = lru_cache(1024)(self._text)
+        self.inference = torch.inference_mode
 
     def _text(self, text: str) -> np.ndarray:
         """(width,) of length 1. A prompt that is too long is cut, as in the published code."""
@@ -46,13 +50,15 @@ class Clip:
             return_tensors="pt",
         )
         names = ("input_ids",) if siglip else ("input_ids", "attention_mask")
-        found = self.model.get_text_features(**{name: tokens[name].to(self.model.device) for name in names})
-        return _unit(found)[0]
+        given = {name: tokens[name].to(self.model.device) for name in names}
+        with self.inference():  # here, because an actor's calls come from other threads than its making
+            return _unit(self.model.get_text_features(**given))[0]
 
     def images(self, images: Sequence[Image.Image]) -> np.ndarray:
         """(images, width), each of length 1."""
         pixels = self.process(images=list(images), return_tensors="pt")["pixel_values"]
-        return _unit(self.model.get_image_features(pixel_values=pixels.to(self.model.device)))
+        with self.inference():
+            return _unit(self.model.get_image_features(pixel_values=pixels.to(self.model.device)))
 
 
 def _unit(found: Any) -> np.ndarray:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from ..attention.schedule import SELF_MODES
 from .table import RANGES, SEEDS, Row
 
 SPARE = 11
@@ -22,7 +24,8 @@ SPARE = 11
 class Settings:
     """How pairs are sampled. Ranges are (low, high); a number is a range of one.
 
-    cross_end, self_end, self_resolution: as in tau Scheduler. width, height: px. batch: tries of a row that
+    cross_end, self_end, self_resolution, self_mode: as in tau Scheduler. published_window: self_end is p of
+    `published_end`. width, height: px. batch: tries of a row that
     go through the model together; they share their draws and differ in their noise.
     seed: of all draws, 0 to 2^63 - 1. model_sha256: of the checkpoint's file.
     """
@@ -30,6 +33,8 @@ class Settings:
     cross_end: tuple[float, float] = (0.8, 0.8)
     self_end: tuple[float, float] = (0.4, 0.4)
     self_resolution: float = 0.5
+    self_mode: str = SELF_MODES[0]
+    published_window: bool = False
     cfg: tuple[float, float] = (7.5, 7.5)
     steps: int = 50
     sampler: str = "euler"
@@ -53,10 +58,29 @@ class Settings:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a multiple of 8 px")
         if not 0.0 <= self.self_resolution <= 1.0:
             raise ValueError(f"self_resolution is {self.self_resolution:g}; expected 0 to 1")
+        if self.self_mode not in SELF_MODES:
+            raise ValueError(f"self_mode is {self.self_mode!r}; expected one of {', '.join(SELF_MODES)}")
 
     def of(self, row: Row) -> Settings:
         """These settings with the row's own."""
         return replace(self, **row.options)
+
+
+INSTRUCTPIX2PIX: dict[str, Any] = {
+    "cross_end": (0.0, 0.0),
+    "self_end": (0.1, 0.9),
+    "self_resolution": 1.0,
+    "self_mode": "map in both halves",
+    "published_window": True,
+    "cfg": (7.5, 15.0),
+    "steps": 100,
+    "sampler": "euler_ancestral",
+    "scheduler": "normal",
+}
+"""As in dataset_creation/generate_img_dataset.py of InstructPix2Pix's code (Brooks et al. 2023), which copies
+self-attention in stable_diffusion/ldm/modules/attention.py."""
+PUBLISHED_TRIES = 100
+"""Of a row, in the same file."""
 
 
 def digest(value: Any, letters: int) -> str:
@@ -109,4 +133,15 @@ def expand(row: Row, settings: Settings, tries: int) -> list[dict[str, Any]]:
 def _drawn(settings: Settings, seed: int) -> dict[str, float]:
     """A number of each range, uniform, from a unit's seed."""
     r = random.Random(f"draw {seed}")
-    return {name: round(r.uniform(*getattr(settings, name)), 4) for name in RANGES}
+    drawn = {name: round(r.uniform(*getattr(settings, name)), 4) for name in RANGES}
+    if settings.published_window:
+        drawn["self_end"] = published_end(drawn["self_end"], settings.steps)
+    return drawn
+
+
+def published_end(p: float, steps: int) -> float:
+    """The end of InstructPix2Pix's window, steps i of n with i / (n - 1) < p, for i / n: ceil(p (n - 1)) / n.
+
+    p: 0 to 1, of four digits at most.
+    """
+    return math.ceil(round(p * (steps - 1), 6)) / steps

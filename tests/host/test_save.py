@@ -304,9 +304,10 @@ def test_the_library_datasets_finds_both_pictures_and_all_texts(studio, output, 
 
 def test_the_settings_of_a_run_are_those_of_the_nearest_nodes_before(studio):
     wired = {"model": ["1", 0], "tau": ["2", 0], "blend": ["3", 0], "steps": ["9", 0]}
+    tau = {"cross_end": 0.7, "self_end": 0.3, "self_mode": "map"}
     graph = {
         "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "sd15.safetensors"}},
-        "2": {"class_type": "P2PTauScheduler", "inputs": {"cross_end": 0.7, "self_end": 0.3, "words": "x"}},
+        "2": {"class_type": "P2PTauScheduler", "inputs": {**tau, "words": "x"}},
         "3": {"class_type": "P2PLocalBlend", "inputs": {"words": "dog", "source_words": "cat"}},
         "4": {"class_type": "P2PSampler", "inputs": {**wired, "seed": 7, "cfg": 4.0}},
         "5": {"class_type": "VAEDecode", "inputs": {"samples": ["4", 0], "vae": ["1", 2]}},
@@ -316,8 +317,7 @@ def test_the_settings_of_a_run_are_those_of_the_nearest_nodes_before(studio):
     expected = {
         "seed": 7,
         "cfg": 4.0,
-        "cross_end": 0.7,
-        "self_end": 0.3,
+        **tau,
         "blend_words": "dog",
         "blend_source_words": "cat",
         "model": "sd15.safetensors",

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 from p2p.pairs.fields import COLUMNS
+from p2p.pairs.select import BUNDLED, PUBLISHED, Filter
+from p2p.pairs.store import Store
 from p2p.tests.pairs.conftest import COMMAND, edits, files, lines, make, run, started
 
 
@@ -135,16 +137,36 @@ def test_the_report_is_one_page_that_needs_nothing_else(whole: Path) -> None:
     assert "http" not in page.replace("http://www.w3.org", "")
 
 
+def test_the_bundled_model_is_sampled_and_scored_by_the_bundled_clip(table: Path, tmp_path: Path) -> None:
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(table.read_text().splitlines(True)[:2]))
+    recipe = ["--recipe", "instructpix2pix", "--steps", "3", "--cfg", "4"]
+    out = tmp_path / "set"
+    run(*make(few, out, "--demo", *recipe, "--width", "64", "--height", "64", "--min-direction", "-1"))
+    noted = json.loads((out / ".pairs" / "run.json").read_text())
+    assert noted["clip"] == "demo" and noted["filter"]["least"] == {**BUNDLED, "clip_sim_dir": -1.0}
+    tries = [values for row in Store(str(out)).rows() for values in row["tries"]]
+    assert len(tries) == 4
+    for values in tries:
+        assert values["self_mode"] == "map in both halves" and values["self_end"] in (1 / 3, 2 / 3)
+        assert all(-1 <= values[name] <= 1 for name in PUBLISHED)
+    kept = Filter(**noted["filter"]).kept(Store(str(out)).rows())
+    assert [values["id"] for values in kept] == [line["id"] for line in lines(out)]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ([], "name one of --checkpoint"),
         (["--checkpoint", "nowhere.safetensors", "--clip", "none"], "nowhere.safetensors cannot be read"),
         (["--stand-in", "0", "--clip", "no/where"], "no CLIP in the folder or name on the hub no/where"),
+        (["--stand-in", "0", "--min-text", "0.3"], "need a CLIP that scores"),
         (["--stand-in", "0", "--cfg", "9:1"], "cfg is '9:1'"),
+        (["--stand-in", "0", "--self-mode", "both"], "self_mode is 'both'; expected one of map, mutual"),
         (["--stand-in", "0", "--width", "100"], "width is 100; expected a multiple of 8"),
         (["--stand-in", "0", "--out", "/proc/set"], "the folder /proc/set cannot be written"),
         (["--stand-in", "0", "--address", "127.0.0.1:9"], "no Ray cluster at 127.0.0.1:9"),
+        (["--stand-in", "0", "--address", "cluster"], "is 'cluster'; expected HOST:PORT"),
     ],
 )
 def test_what_cannot_start_says_why_in_one_line(
@@ -155,7 +177,7 @@ def test_what_cannot_start_says_why_in_one_line(
     done = run(*command, code=1, env=environment)
     assert message in done.stderr
     assert done.stderr.splitlines()[-1].startswith("pairs: ") and "Traceback" not in done.stderr
-    assert not list(tmp_path.rglob("*.png"))
+    assert not (tmp_path / "set").exists()
 
 
 def test_a_folder_of_other_settings_is_refused(table: Path, whole: Path) -> None:

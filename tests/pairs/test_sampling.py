@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from p2p.pairs.samplers import DEMO, ComfySampler
+from p2p.pairs.samplers import DEMO, ComfySampler, load_checkpoint
 from p2p.pairs.scores import Scorer
 from p2p.pairs.store import Store, image_names
 from p2p.pairs.table import Row
-from p2p.pairs.tries import Settings, expand
+from p2p.pairs.tries import INSTRUCTPIX2PIX, Settings, expand
 from PIL import Image
 
 SETTINGS = Settings(steps=3, width=64, height=64, cfg=(4.0, 4.0), sampler="euler_ancestral")
@@ -45,7 +45,12 @@ def by_the_nodes(sampler: ComfySampler, unit: dict[str, Any]) -> list[np.ndarray
         found = PairedSampler.execute(
             sampler.model,
             start_edit(sampler.clip, unit["original_prompt"], unit["edited_prompt"], "auto"),
-            TauSchedule(Window(0, unit["cross_end"]), Window(0, unit["self_end"])),
+            TauSchedule(
+                Window(0, unit["cross_end"]),
+                Window(0, unit["self_end"]),
+                self_resolution=unit["self_resolution"],
+                self_mode=unit["self_mode"],
+            ),
             sampler.clip.encode_from_tokens_scheduled(sampler.clip.tokenize("")),
             {"samples": torch.zeros(unit["batch"], 4, 8, 8)},
             unit["seed"],
@@ -59,9 +64,13 @@ def by_the_nodes(sampler: ComfySampler, unit: dict[str, Any]) -> list[np.ndarray
     return [(np.clip(pixels, 0, 1) * 255).astype(np.uint8) for pixels in decoded]
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-def test_the_images_are_those_of_the_nodes(sampler: ComfySampler, batch: int) -> None:
-    for unit in expand(ROW, replace(SETTINGS, batch=batch), 2):
+@pytest.mark.parametrize(
+    "settings",
+    [SETTINGS, replace(SETTINGS, batch=2), replace(SETTINGS, **{**INSTRUCTPIX2PIX, "steps": 4})],
+    ids=["one", "batch", "recipe"],
+)
+def test_the_images_are_those_of_the_nodes(sampler: ComfySampler, settings: Settings) -> None:
+    for unit in expand(ROW, settings, 2):
         sampler.make(unit)
         sources, targets = by_the_nodes(sampler, unit)
         for n, name in enumerate(unit["ids"]):
@@ -93,6 +102,12 @@ def test_a_row_that_cannot_be_sampled_is_its_own_fault(sampler: ComfySampler) ->
     (unit,) = expand(replace(ROW, options={"blend_words": "fox"}), SETTINGS, 1)
     with pytest.raises(ValueError, match="fox"):
         sampler.make(unit)
+
+
+def test_a_file_that_is_no_checkpoint_is_named(sampler: ComfySampler, tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").write_bytes(b"no checkpoint")
+    with pytest.raises(ValueError, match=r"x\.safetensors is no checkpoint that ComfyUI can load"):
+        load_checkpoint(str(tmp_path / "x.safetensors"))
 
 
 def test_an_unknown_sampler_is_everyones(sampler: ComfySampler) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from p2p.pairs.select import PUBLISHED, Filter
 
@@ -22,6 +22,7 @@ def passes(values: dict) -> bool:
     )
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(TRIES, st.integers(1, 5))
 def test_the_best_are_those_of_the_published_rule(tries: list[dict], keep: int) -> None:
     kept = Filter(keep).best(tries)

@@ -7,8 +7,10 @@ import sys
 from dataclasses import replace
 
 import pytest
+from p2p.attention.schedule import Window
+from p2p.pairs.command import Recipe, chosen_settings
 from p2p.pairs.table import Row
-from p2p.pairs.tries import Settings, expand, row_id
+from p2p.pairs.tries import INSTRUCTPIX2PIX, Settings, expand, published_end, row_id
 from p2p.tests.pairs.conftest import ROOT
 
 ROW = Row(1, "a cat", "a dog!", "a dog", {}, {})
@@ -67,3 +69,29 @@ def test_a_batch_shares_its_draws_and_names_each_try() -> None:
     units = expand(ROW, replace(DRAWN, batch=3), 5)
     assert [len(unit["ids"]) for unit in units] == [3, 3]
     assert len({name for unit in units for name in unit["ids"]}) == 6
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 20, 37, 50, 100, 101])
+def test_the_published_window_has_the_steps_of_the_published_rule(steps: int) -> None:
+    for p in range(0, 10_001, 7 if steps > 20 else 1):  # in ten-thousandths
+        window = Window(0.0, published_end(p / 10_000, steps))
+        inside = [i for i in range(steps) if window.weight(i / steps)]
+        assert inside == [i for i in range(steps) if 10_000 * i < p * (steps - 1)]
+
+
+def test_a_try_of_the_recipe_has_a_window_of_its_own_drawn_p() -> None:
+    recipe = chosen_settings(False, Recipe.instructpix2pix)
+    plain = replace(recipe, published_window=False)
+    for unit, drawn in zip(expand(ROW, recipe, 30), expand(ROW, plain, 30), strict=True):
+        assert 0.1 <= drawn["self_end"] <= 0.9 and 7.5 <= unit["cfg"] <= 15 and unit["cross_end"] == 0
+        assert unit["self_end"] == published_end(drawn["self_end"], 100)
+
+
+def test_what_is_given_changes_the_recipe_and_the_recipe_the_bundled_models_settings() -> None:
+    given = {"cfg": "3:4", "steps": 12, "self_end": None, "self_mode": "map"}
+    found = chosen_settings(True, Recipe.instructpix2pix, **given)
+    expected = {**INSTRUCTPIX2PIX, "cfg": (3.0, 4.0), "steps": 12, "self_mode": "map"}
+    assert {name: getattr(found, name) for name in expected} == expected
+    assert (found.width, found.height) == (128, 128)
+    assert chosen_settings(False, None) == Settings()
+    assert chosen_settings(True, Recipe.instructpix2pix).steps == 100
