@@ -40,7 +40,7 @@ host-path:  ## print the ComfyUI folder in use
 bench: env  ## what an edit costs on the bundled model, in a minute
 	@$(VENV)/python benchmarks/speed.py $(ARGS)
 
-bench-speed: env  ## cost at the widths of SD1.5 and SDXL, for docs/benchmarks.md (two hours on a CPU)
+bench-speed: env  ## cost at the widths of SD1.5, SDXL and transformers, for docs/benchmarks.md (two hours on a CPU)
 	@$(VENV)/python benchmarks/speed.py --page $(ARGS)
 
 bench-gpu:  ## what an edit costs on a GPU, for docs/benchmarks.md (fetches nothing)

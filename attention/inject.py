@@ -54,6 +54,10 @@ class SelfStep:
         return self.rows.expand(x.shape[0] // self.rows.origin.shape[0])
 
 
+Numbers = tuple[list[int], list[int], list[int]]
+"""target, branch and origin, as in `Rows`."""
+
+
 def paired_rows(
     batch: int,
     targets: Sequence[int],
@@ -63,6 +67,19 @@ def paired_rows(
     taking: Collection[int] | None = None,
     known: bool = False,
 ) -> Rows:
+    """The rows of `paired_numbers` on a device."""
+    numbers = paired_numbers(batch, targets, offsets, size, taking, known)
+    return Rows(*(torch.tensor(rows, dtype=torch.long, device=device) for rows in numbers))
+
+
+def paired_numbers(
+    batch: int,
+    targets: Sequence[int],
+    offsets: list[int],
+    size: int,
+    taking: Collection[int] | None = None,
+    known: bool = False,
+) -> Numbers:
     """Rows of a model call whose chunks of `size` rows, from `offsets` on, tile (source, targets ...).
 
     targets: the number of each target of the tile among the edit's.
@@ -82,7 +99,7 @@ def paired_rows(
                 branch.append(number)
                 behind = batch + n * (size // len(tile)) + pair
                 origin[offset + row] = behind if known else offset + row - place
-    return Rows(*(torch.tensor(rows, dtype=torch.long, device=device) for rows in (target, branch, origin)))
+    return target, branch, origin
 
 
 def cross_attention(

@@ -17,7 +17,6 @@ from einops import rearrange, reduce
 from torch import Tensor
 
 from .inject import Rows
-from .maps import MapRows, MapStep
 from .taken import CrossStep
 
 Attention = Callable[..., Tensor]
@@ -225,7 +224,7 @@ def open_targets(step: CrossStep | None) -> frozenset[int]:
 
 
 @dataclass(frozen=True, eq=False)
-class _Term:
+class Term:
     """A part of the target's edited map, times values: softmax(q k^T / sqrt(d)) [text v_T ; weight v_rest].
 
     call: of the whole batch. batch, target: its columns for all rows and for the targets alone. text: (r,
@@ -262,9 +261,8 @@ class _Term:
         self, attend: Attention, rows: Rows, tokens: Tokens, queries: Spans | None, values: Callable
     ) -> Tensor:
         """The term in the targets' rows alone, for some queries. values: from the targets' v."""
-        call = self.call.rows(rows.target)
-        call = replace(call, v=self.values(values(call.v), tokens))
-        return (call if queries is None else call.queries(queries)).attend(attend, self.target)
+        call = (self.call if queries is None else self.call.queries(queries)).rows(rows.target)
+        return replace(call, v=self.values(values(call.v), tokens)).attend(attend, self.target)
 
 
 def image_attention(
@@ -292,13 +290,25 @@ def image_attention(
     columns: where prompts have unequal lengths. sources: the queries and keys, (q, k), that rows.origin
     speaks of, if they are not those of the call (`paired_rows`, known).
     """
+    terms = image_terms(call, tokens=tokens, rows=rows, weight=weight, columns=columns, sources=sources)
+    return _edited(attend, terms, terms, tokens, rows, heads, gain)
+
+
+def image_terms(
+    call: Call,
+    *,
+    tokens: Tokens,
+    rows: Rows,
+    weight: Tensor | None = None,
+    columns: Columns = ALL,
+    sources: tuple[Tensor, Tensor] | None = None,
+) -> list[Term]:
+    """The terms of `image_attention`."""
     q, k = sources or (call.q, call.k)
     image = (tokens.image,)
     taken = replace(call, q=_from_origin(call.q, q, rows, image), k=_from_origin(call.k, k, rows, image))
-    terms = [_Term(taken, columns.own, columns.target, weight=weight)]
-    if weight is not None:
-        terms.append(_Term(call, columns.own, columns.target, weight=1 - weight))
-    return _edited(attend, terms, terms, tokens, rows, heads, gain)
+    terms = [Term(taken, columns.own, columns.target, weight=weight)]
+    return terms if weight is None else [*terms, *own_terms(call, columns, 1 - weight)]
 
 
 def mutual_attention(
@@ -322,14 +332,25 @@ def mutual_attention(
     sources: the keys and values, (k, v).
     Source: Cao et al. 2023 (MasaCtrl), mutual self-attention control, on the image's part of a joint softmax.
     """
+    terms = mutual_terms(call, tokens=tokens, rows=rows, weight=weight, columns=columns, sources=sources)
+    return _edited(attend, terms, own_terms(call, columns), tokens, rows, heads, gain)
+
+
+def mutual_terms(
+    call: Call,
+    *,
+    tokens: Tokens,
+    rows: Rows,
+    weight: Tensor | None = None,
+    columns: Columns = ALL,
+    sources: tuple[Tensor, Tensor] | None = None,
+) -> list[Term]:
+    """The terms of `mutual_attention`."""
     image = (tokens.image,)
     k, v = sources or (call.k, call.v)
     taken = replace(call, k=_from_origin(call.k, k, rows, image), v=_from_origin(call.v, v, rows, image))
-    own = _Term(call, columns.own, columns.target)
-    terms = [_Term(taken, columns.own, columns.target, weight=weight)]
-    if weight is not None:
-        terms.append(replace(own, weight=1 - weight))
-    return _edited(attend, terms, [own], tokens, rows, heads, gain)
+    terms = [Term(taken, columns.own, columns.target, weight=weight)]
+    return terms if weight is None else [*terms, *own_terms(call, columns, 1 - weight)]
 
 
 def word_attention(
@@ -357,11 +378,23 @@ def word_attention(
     Source: Hertz et al. 2023, section 3.2, with the text's columns of a joint softmax as cross-attention
     maps.
     """
-    own = _Term(call, columns.own, columns.target)
-    kept = None if step.own is None else replace(own, text=step.own, weight=1 - step.weight)
+    terms = word_terms(call, tokens=tokens, rows=rows, step=step, columns=columns, sources=sources)
+    return _edited(attend, terms, own_terms(call, columns), tokens, rows, heads, step.gain)
+
+
+def word_terms(
+    call: Call,
+    *,
+    tokens: Tokens,
+    rows: Rows,
+    step: WordStep,
+    columns: Columns = ALL,
+    sources: tuple[Tensor, Tensor] | None = None,
+) -> list[Term]:
+    """The terms of `word_attention`."""
+    kept = own_terms(call, columns, None if step.own is None else 1 - step.weight, step.own)
     if step.moved is None:
-        terms = [own if kept is None else kept]
-        return _edited(attend, terms, [own], tokens, rows, heads, step.gain)
+        return kept
     q, k = sources or (call.q, call.k)
     taken = replace(
         call,
@@ -369,15 +402,34 @@ def word_attention(
         k=_from_origin(call.k, k, rows, (*tokens.text, tokens.image)),
         mask=call.mask if sources else call.rows(rows.origin).mask,
     )
-    source = _Term(taken, columns.origin, columns.origin_target, text=step.moved, weight=step.weight)
-    terms = [source] if kept is None else [source, kept]
-    return _edited(attend, terms, [own], tokens, rows, heads, step.gain)
+    source = Term(taken, columns.origin, columns.origin_target, text=step.moved, weight=step.weight)
+    return [source] if step.own is None else [source, *kept]
+
+
+def own_terms(
+    call: Call, columns: Columns = ALL, weight: Tensor | None = None, text: Tensor | None = None
+) -> list[Term]:
+    """Ordinary attention, or as much of it as a target keeps: weight and text as in `Term`."""
+    return [Term(call, columns.own, columns.target, text, weight)]
+
+
+def cross_terms(call: Call, *, rows: Rows, step: CrossStep, columns: Columns = ALL) -> list[Term]:
+    """The terms of `inject.cross_attention`, whose keys are the text's alone.
+
+    step: with an entry for each of rows.target.
+    """
+    kept = own_terms(call, columns, None if step.own is None else 1 - step.weight, step.own)
+    if step.moved is None:
+        return kept
+    taken = call.rows(rows.origin)
+    source = Term(taken, columns.origin, columns.origin_target, step.moved, step.weight)
+    return [source] if step.own is None else [source, *kept]
 
 
 def _edited(
     attend: Attention,
-    terms: Sequence[_Term],
-    rest: Sequence[_Term],
+    terms: Sequence[Term],
+    rest: Sequence[Term],
     tokens: Tokens,
     rows: Rows,
     heads: int,
@@ -387,19 +439,15 @@ def _edited(
     whole = rest is terms and gain is None
     image = None if whole else (tokens.image,)
     out = terms[0].of_all(attend, rows, tokens, gain)
-    if whole and len(terms) == 1:
-        return out
-    edited = cut(out.index_select(0, rows.target), image or (slice(None),))
-    for term in terms[1:]:
-        edited = edited + term.of_targets(attend, rows, tokens, image, lambda v: _gained(v, gain, tokens))
-    if image is None:
-        out[rows.target] = edited
-        return out
-    if gain is not None:
-        ratio = _row_sums(attend, terms, tokens, rows, heads, gain).to(edited.dtype)
-        edited = _join_heads(_split_heads(edited, heads) * ratio, edited.ndim)
-    _put(out, image, edited, rows.target)
-    others = tokens.others(out.shape[-2])
+    if len(terms) > 1 or gain is not None:
+        edited = cut(out, image or (slice(None),)).index_select(0, rows.target)
+        for term in terms[1:]:
+            edited += term.of_targets(attend, rows, tokens, image, lambda v: _gained(v, gain, tokens))
+        if gain is not None:
+            ratio = _row_sums(attend, terms, tokens, rows, heads, gain).to(edited.dtype)
+            edited = _join_heads(_split_heads(edited, heads) * ratio, edited.ndim)
+        _put(out, image or (slice(0, out.shape[-2]),), edited, rows.target)
+    others = () if whole else tokens.others(out.shape[-2])
     if not others:
         return out
     parts = [term.of_targets(attend, rows, tokens, others, lambda v: v) for term in rest]
@@ -408,7 +456,7 @@ def _edited(
 
 def _row_sums(
     attend: Attention,
-    terms: Sequence[_Term],
+    terms: Sequence[Term],
     tokens: Tokens,
     rows: Rows,
     heads: int,
@@ -436,65 +484,49 @@ def _row_sums(
     return sums[..., 1:2] / sums[..., :1].clamp_min(1e-6)
 
 
-def joint_maps(
+def read_maps(
     attend: Attention,
-    call: Call,
+    terms: Sequence[Term],
     *,
     tokens: Tokens,
-    rows: MapRows,
+    rows: Rows,
     heads: int,
-    step: MapStep,
-    own_text: bool = False,
-    columns: tuple[Groups, Groups] = (None, None),
+    wanted: Tensor,
+    queries: Spans | None = None,
 ) -> Tensor:
-    """The wanted tokens' maps over the image, averaged over heads: (pairs x B, n, W), float32.
+    """Columns of the targets' edited maps, averaged over heads, no map built: (r, n, W), float32.
 
-        softmax(q_I [k_T ; k_I]^T / sqrt(d)) E
+        sum over terms of softmax(q k^T / sqrt(d)) E
 
-    with E one-hot on the text's columns, as `token_maps` of cross-attention: one call for each term and d
-    tokens.
+    E, one-hot on the text's columns, takes the place of the values, so that attention returns columns: one
+    call for each term and d of them, for kernels that build no map want a head's width. A column is its share
+    of a softmax over all of its row: the image's own columns and the text's others have the rest.
 
-    step: its columns count the tokens of all parts of the text. own_text: where step is shared, with the
-    branch's own text keys (`image_attention`), else with the source's (`word_attention`).
-    columns: of rows.row with the text of the first term's keys, and with their own.
+    terms: what the target's image is made of; re-weighting, which stands in no term, is left out.
+    wanted: E, (r, t, W), t the tokens of all parts of the text; a column may have several of them, which sums
+    them. queries: which of them, all by default.
     """
-    own = call.rows(rows.row)
-    first = own
-    if step.shared:
-        spans = (tokens.image,) if own_text else (*tokens.text, tokens.image)
-        origin = call.rows(rows.origin)
-        first = replace(
-            own,
-            q=_put(own.q.clone(), (tokens.image,), cut(origin.q, (tokens.image,))),
-            k=_put(own.k.clone(), spans, cut(origin.k, spans)),
-            mask=own.mask if own_text else origin.mask,
-        )
-    read = _read(attend, first, heads, tokens, step.first.index_select(0, rows.branch), columns[0])
-    if step.second is None:
-        return read
-    second = step.second.index_select(0, rows.branch)
-    return read + _read(attend, own, heads, tokens, second, columns[1])
-
-
-def _read(
-    attend: Attention, call: Call, heads: int, tokens: Tokens, wanted: Tensor, groups: Groups
-) -> Tensor:
-    """Columns take the place of values, d at a time: kernels that build no map want a head's width."""
-    call = call.queries((tokens.image,))
-    width = call.q.shape[-1] if call.q.ndim == 4 else call.q.shape[-1] // heads
-    padded = F.pad(wanted.to(call.v.dtype), (0, -wanted.shape[2] % width))
+    q = terms[0].call.q
+    width = q.shape[-1] if q.ndim == 4 else q.shape[-1] // heads
     read = []
-    for part in padded.split(width, dim=2):
-        values = _put(part.new_zeros(part.shape[0], call.v.shape[-2], width), tokens.text, part)
-        out = replace(call, v=_in_each_head(values, call.v)).attend(attend, groups)
+    for part in F.pad(wanted, (0, -wanted.shape[2] % width)).split(width, dim=2):
+
+        def columns(v: Tensor, part: Tensor = part) -> Tensor:
+            values = v.new_zeros(v.shape[0], v.shape[-2], width)
+            return _in_each_head(_put(values, tokens.text, part.to(v.dtype)), v)
+
+        found = [term.of_targets(attend, rows, tokens, queries, columns) for term in terms]
+        out = sum(found[1:], found[0])
         read.append(reduce(_split_heads(out.float(), heads), "b h n d -> b n d", "mean"))
     return torch.cat(read, dim=2)[:, :, : wanted.shape[2]]
 
 
 def _from_origin(x: Tensor, origins: Tensor, rows: Rows, spans: Spans) -> Tensor:
     """x with some tokens of the targets' rows as their sources have them."""
-    origin = rows.origin.index_select(0, rows.target)
-    return _put(x.clone(), spans, cut(origins, spans).index_select(0, origin), rows.target)
+    origin, x = rows.origin.index_select(0, rows.target), x.clone()
+    for span in spans:
+        x[..., span, :][rows.target] = origins[..., span, :].index_select(0, origin)
+    return x
 
 
 def _put(x: Tensor, spans: Spans, values: Tensor, rows: Tensor | None = None) -> Tensor:

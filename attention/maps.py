@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from einops import reduce
 from torch import Tensor
 
-from .edit import Edit
 from .inject import Attention
-from .plan import conditioning_length
+from .plan import Layout
 from .taken import CrossStep
 
 Tokens = tuple[tuple[int, ...], ...]
@@ -60,16 +59,16 @@ def map_rows(branches: Sequence[int], offsets: Sequence[int], size: int, device:
     return MapRows(*(torch.tensor(x, dtype=torch.long, device=device) for x in (row, origin, branch)))
 
 
-def token_columns(edit: Edit, tokens: Tokens, length: int) -> Tensor:
-    """(B, t, W) float64: column w of branch b is 1 at its w-th wanted token, in every repeat of its prompt.
+def token_columns(layout: Layout, tokens: Tokens) -> Tensor:
+    """One-hot columns of the wanted tokens, E_t, one for all copies of each: (B, t, W), float64.
 
-    length: t, tokens of the paired conditioning. Shorter lists are filled up with columns of zeros.
+    t counts the tokens of the conditionings. Of a prompt that several text encoders read, a word has tokens
+    of each of them, and its map is the sum of their columns. Shorter lists are filled up by columns of zeros.
     """
-    common = conditioning_length(edit)
-    columns = torch.zeros(edit.branches, length, max(map(len, tokens)), dtype=torch.float64)
-    for branch, (prompt, wanted) in enumerate(zip(edit.prompts, tokens, strict=True)):
+    columns = torch.zeros(len(tokens), layout.length, max(map(len, tokens)), dtype=torch.float64)
+    for branch, wanted in enumerate(tokens):
         for w, token in enumerate(wanted):
-            columns[branch, token : common : prompt.length, w] = 1.0
+            columns[branch, list(layout.places(branch, token)), w] = 1.0
     return columns
 
 

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .edit import Edit, Target, coefficients
-from .schedule import TauSchedule
+from .schedule import Progress, TauSchedule
 from .taken import CrossStep
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What cross-attention needs to know of an edit; one entry per step of the run.
+    """What cross-attention needs to know of an edit; one entry for each of the run's sigmas.
 
     cross: None where cross-attention is left alone.
     """
@@ -47,7 +47,16 @@ def conditioning_length(edit: Edit) -> int:
 
 
 class Layout(Protocol):
-    """Where the tokens of the prompts stand in the conditionings that the model is given."""
+    """Where the tokens of the prompts stand in the conditionings that the model is given.
+
+    length: tokens of the conditionings, what fills them up included.
+    """
+
+    length: int
+
+    def places(self, branch: int, token: int) -> Sequence[int]:
+        """Where a token of a branch's prompt stands, all of its copies."""
+        ...
 
     def mapping(self, target: int) -> Tensor:
         """M of a target, by number, for whole conditionings: (length, length)."""
@@ -75,6 +84,9 @@ class Repeated:
             raise ValueError(
                 f"The conditioning has {length} tokens, but the prompts of the edit need {self.common}."
             )
+
+    def places(self, branch: int, token: int) -> Sequence[int]:
+        return range(token, self.common, self.edit.prompts[branch].length)
 
     def mapping(self, target: int) -> Tensor:
         """Each source copy gives its share, each of r target copies takes 1/r."""
@@ -109,6 +121,9 @@ class Padded:
         self.first = [length - size if front else 0 for size in own]
         self.more = [tokens - prompt for tokens, prompt in zip(lengths, own, strict=True)]
 
+    def places(self, branch: int, token: int) -> Sequence[int]:
+        return (self.first[branch] + token,)
+
     def mapping(self, target: int) -> Tensor:
         mapping = torch.zeros(self.length, self.length, dtype=torch.float64)
         values = self.edit.targets[target].mapping.double()
@@ -139,8 +154,8 @@ class Padded:
         return [place for place in range(self.length) if place not in prompt]
 
 
-def make_plan(edit: Edit, tau: TauSchedule, steps: int, layout: Layout) -> Plan:
-    """Work out the plan for `steps` steps, in float64 on the CPU.
+def make_plan(edit: Edit, tau: TauSchedule, progress: Progress, layout: Layout) -> Plan:
+    """Work out the plan for the steps of a run, in float64 on the CPU.
 
     tau: for the targets that have no schedule of their own.
     """
@@ -149,15 +164,16 @@ def make_plan(edit: Edit, tau: TauSchedule, steps: int, layout: Layout) -> Plan:
     schedules = [target.tau or tau for target in edit.targets]
     made: dict[tuple[bytes, ...], CrossStep | None] = {}
     cross = []
-    for progress in (step / steps for step in range(steps)):
+    for reached in zip(*(progress(schedule.measure) for schedule in schedules), strict=True):
+        at = list(zip(schedules, reached, strict=True))
         weight = torch.tensor(
-            [schedule.cross.weight(progress, schedule.fade) for schedule in schedules], dtype=torch.float64
+            [schedule.cross.weight(now, schedule.fade) for schedule, now in at], dtype=torch.float64
         )
         tables = [weight]
         for version in (edit, plain) if plain is not None else (edit,):
             table = [
-                _coefficients(layout, n, target, schedule, progress)
-                for n, (target, schedule) in enumerate(zip(version.targets, schedules, strict=True))
+                _coefficients(layout, n, target, schedule, now)
+                for n, (target, (schedule, now)) in enumerate(zip(version.targets, at, strict=True))
             ]
             tables += [torch.stack(column) for column in zip(*table, strict=True)]
         key = tuple(table.numpy().tobytes() for table in tables)

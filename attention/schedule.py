@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+
+MEASURES = ("steps", "percent")
+"""How progress is counted. "steps": step i of a run's n has progress i / n. "percent": by the step's noise,
+on the model's own noise schedule, of which a run may be a part (the host's `percent_to_sigma`).
+"""
+
+Progress = Callable[[str], Sequence[float]]
+"""measure -> the progress at each of a run's sigmas, from 0 to 1: where a step begins, and at the end."""
+
+
+def in_steps(steps: int) -> Progress:
+    """The progress of a run of so many steps. What is computed at its end belongs to its last step."""
+
+    def progress(measure: str) -> Sequence[float]:
+        if measure != "steps":
+            raise ValueError(f"The measure is {measure!r}, but only steps are known here.")
+        return [min(step, steps - 1) / steps for step in range(steps + 1)]
+
+    return progress
 
 
 @dataclass(frozen=True)
 class Window:
-    """A part of the run, as fractions of its steps: active where start <= progress < end.
+    """A part of the run: active where start <= progress < end.
 
-    Step i of n has progress i / n, so a window of 0 to 0.8 covers the first 16 of 20 steps.
+    In steps, 0 to 0.8 covers the first 16 of 20.
     Raises ValueError unless 0 <= start <= end <= 1.
     """
 
@@ -62,6 +81,7 @@ class TauSchedule:
         "map in both halves": the map, in the negative prompt's half of guidance too, as InstructPix2Pix made
         its data (Brooks et al. 2023). Its window, steps i of n with i / (n - 1) < p, ends at p (n - 1) / n.
     mutual_layer: the first layer of mutual self-attention, as a fraction of all layers in their order.
+    measure: what windows are fractions of, see `MEASURES`.
     """
 
     cross: Window = Window(0.0, 0.8)
@@ -71,6 +91,7 @@ class TauSchedule:
     words: tuple[tuple[str, Window], ...] = ()
     self_mode: str = "map"
     mutual_layer: float = 0.63
+    measure: str = "steps"
 
     def __post_init__(self) -> None:
         for name in ("fade", "self_resolution", "mutual_layer"):
@@ -79,6 +100,8 @@ class TauSchedule:
                 raise ValueError(f"{name} is {value:g}; expected a number from 0 to 1.")
         if self.self_mode not in SELF_MODES:
             raise ValueError(f"self_mode is {self.self_mode!r}; expected one of {', '.join(SELF_MODES)}.")
+        if self.measure not in MEASURES:
+            raise ValueError(f"measure is {self.measure!r}; expected one of {', '.join(MEASURES)}.")
 
     def self_weight(self, progress: float, mode: str = "map") -> float:
         """Weight of the self-attention window, from 0 to 1; 0 if the schedule's mode is another one."""
@@ -120,12 +143,15 @@ def _windows(line: str) -> Iterator[tuple[str, Window]]:
         )
 
 
-def step_of(sigma: float, sigmas: list[float]) -> int:
-    """The step that a model call at `sigma` belongs to: the last i with sigmas[i] >= sigma.
+def place_of(sigma: float, sigmas: list[float]) -> int:
+    """The place of a model call at `sigma`: the last i with sigmas[i] >= sigma.
 
-    sigmas: the run's list, descending, one more than there are steps. Calls between two entries, as in
-    second-order samplers, belong to the step that they are part of; progress is step / steps.
+    sigmas: the run's list, descending, one more than there are steps; the last one is 0, or noise is left.
+    Calls between two entries, as in second-order samplers, belong to the step that they are part of.
     """
-    steps = max(len(sigmas) - 1, 1)
-    reached = sum(entry >= sigma * (1.0 - 1e-4) for entry in sigmas[:steps])
-    return min(max(reached - 1, 0), steps - 1)
+    return max(sum(entry >= sigma * (1.0 - 1e-4) for entry in sigmas if entry > 0.0) - 1, 0)
+
+
+def step_of(sigma: float, sigmas: list[float]) -> int:
+    """The step that a model call at `sigma` belongs to: its place, but for calls at the run's end."""
+    return min(place_of(sigma, sigmas), max(len(sigmas) - 2, 0))

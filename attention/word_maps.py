@@ -25,7 +25,7 @@ class WordMaps:
     by_scale: for layers whose sides are so many times smaller than the latent's, of each step (pairs, B, W,
         height, width), averaged over these layers and their heads, on the CPU.
     blend: the final mask of the local blend, (pairs, N, height, width), or None.
-    size: height and width of the latent.
+    size: height and width of the latent. pixels: of an image's sides for each of the latent's, about.
     """
 
     edit: Edit
@@ -34,6 +34,7 @@ class WordMaps:
     by_scale: dict[int, tuple[Tensor, ...]]
     blend: Tensor | None
     size: tuple[int, int]
+    pixels: int = 8
 
     def phrases(self, branch: int, words: str) -> tuple[list[str], list[tuple[int, ...]]]:
         """Words or phrases of a branch's prompt, separated by commas, and their tokens; all words for none.

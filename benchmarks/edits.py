@@ -132,25 +132,37 @@ class Bench:
         items: places in the seed's noise, one for each of the batch; the rows of an item share it.
         """
         import comfy.sample
-        import torch
 
         places = [item for item in items for _ in range(variant.rows)]
-        latent = torch.zeros(len(places), 4, size // 8, size // 8)
-        pooled = torch.zeros(1, self.model.pooled) if self.model.pooled else None
-        negative = [[torch.zeros(1, 77, self.model.width), {"pooled_output": pooled}]]
+        latent = self.latent(len(places), size)
         return comfy.sample.sample(
             variant.model,
             comfy.sample.prepare_noise(latent, 0, places),
             steps,
-            7.0,
+            self.cfg,
             "euler",
             "normal",
             variant.positive,
-            negative,
+            self.negative,
             latent,
             callback=lambda *_: finished(),
             disable_pbar=True,
         )
+
+    cfg = 7.0
+
+    def latent(self, rows: int, size: int) -> Any:
+        import torch
+
+        return torch.zeros(rows, 4, size // 8, size // 8)
+
+    @property
+    def negative(self) -> list:
+        """A CONDITIONING of zeros."""
+        import torch
+
+        pooled = torch.zeros(1, self.model.pooled) if self.model.pooled else None
+        return [[torch.zeros(1, 77, self.model.width), {"pooled_output": pooled}]]
 
     def seconds(self, variant: Variant, size: int, steps: int) -> float:
         """Of a step, the mean of a run's steps but the first, which makes what a run needs."""

@@ -9,14 +9,18 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Model:
-    """patcher: a ComfyUI MODEL. width: of its text tokens. pooled: of the pooled text that it takes, or 0."""
+    """patcher: a ComfyUI MODEL. width: of its text tokens. pooled: of the pooled text that it takes, or 0.
+
+    tokens: of its text, or 0 for as many as the bundled model's.
+    """
 
     patcher: Any
     width: int
     pooled: int
+    tokens: int = 0
 
     def conditioning(self, conditioning: list) -> list:
-        """A CONDITIONING of the same rows and tokens with random values of this model's width.
+        """A CONDITIONING of as many rows with random values of this model's width.
 
         Equal ones give equal ones.
         """
@@ -25,7 +29,8 @@ class Model:
         def random(cond: Any) -> list:
             seed = torch.Generator().manual_seed(zlib.crc32(cond.cpu().numpy().tobytes()))
             pooled = torch.randn(cond.shape[0], self.pooled, generator=seed) if self.pooled else None
-            return [torch.randn(*cond.shape[:2], self.width, generator=seed), {"pooled_output": pooled}]
+            tokens = self.tokens or cond.shape[1]
+            return [torch.randn(cond.shape[0], tokens, self.width, generator=seed), {"pooled_output": pooled}]
 
         return [random(cond) for cond, _ in conditioning]
 
@@ -92,17 +97,17 @@ def random_model(name: str, dtype: Any = None) -> Model:
     config.set_inference_dtype(dtype or dtype_of(device), None)
     model = config.get_model({}, "", device=device)
     for name, parameter in model.diffusion_model.named_parameters():
-        _fill(name, parameter)
+        fill(name, parameter)
     patcher = comfy.model_patcher.ModelPatcher(model, device, comfy.model_management.unet_offload_device())
     return Model(patcher, layout["context_dim"], 1280 if layout["adm_in_channels"] else 0)
 
 
-def _fill(name: str, parameter: Any) -> None:
+def fill(name: str, parameter: Any) -> None:
     """Norms are 1, biases 0, and matrices keep the size of what they multiply."""
     import torch
 
     if parameter.ndim < 2:
-        torch.nn.init.constant_(parameter, float(name.endswith("weight")))
+        torch.nn.init.constant_(parameter, float(name.endswith(("weight", "scale"))))
     else:
         torch.nn.init.normal_(parameter, std=0.6 * parameter[0].numel() ** -0.5)
 

@@ -13,11 +13,13 @@ import argparse
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from edits import MATERIALISED, PLAIN, REFINED, SOURCE, SWAP, Bench, Plan, Result, compare, now, schedule
 from inside import paths_table, work_table
+from joint import LAYOUTS, JointBench
 from measure import machine, write_section
 from models import bundled_model, random_model
 from pack import ROOT, load_pack
@@ -40,9 +42,17 @@ def table(results: dict[str, Result]) -> list[str]:
     return lines
 
 
-def goals(results: dict[str, Result]) -> list[str]:
+U_NET_GOALS = [("swap", "time", 1.03), ("swap", "memory", 1.02), ("refine", "time", 1.06)]
+JOINT_GOALS = [
+    ("image", "time", 1.03),
+    ("image", "memory", 1.02),
+    ("words, swap", "time", 1.10),
+    ("words, swap", "memory", 1.02),
+]
+
+
+def goals(results: dict[str, Result], asked: Sequence[tuple[str, str, float]]) -> list[str]:
     """The goals, with what was measured."""
-    asked = [("swap", "time", 1.03), ("swap", "memory", 1.02), ("refine", "time", 1.06)]
     lines = ["", "Goals:", ""]
     for name, what, limit in asked:
         found = results[name].ratio if what == "time" else results[name].memory
@@ -56,10 +66,10 @@ def goals(results: dict[str, Result]) -> list[str]:
 
 def edits_table(bench: Bench, title: str, size: int, plan: Plan, names: Sequence[str] = ()) -> str:
     """Every kind of edit, or some, with memory and calls."""
-    variants = bench.variants()
+    variants, asked = bench.variants(), JOINT_GOALS if isinstance(bench, JointBench) else U_NET_GOALS
     results = compare(bench, {name: variants[name] for name in names or variants}, size, plan, details=True)
     heading = f"**{title}, {size} px, one target, {plan.rounds} rounds of {plan.steps} timed steps**"
-    return "\n".join([heading, "", *table(results), *goals(results)])
+    return "\n".join([heading, "", *table(results), *goals(results, asked)])
 
 
 def reuse_table(bench: Bench, title: str, size: int, plan: Plan) -> str:
@@ -148,7 +158,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--page", action="store_true", help="write docs/benchmarks.md")
-    names = ["edits", "paths", "work", "curves", "sdxl", "reuse"]
+    names = ["edits", "paths", "work", "curves", "sdxl", "reuse", *LAYOUTS]
     parser.add_argument("--only", choices=names, help="one part of the page")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="timed at a time (1, of the bundled model 10)")
@@ -167,6 +177,10 @@ def main() -> None:
         return
     folder = PAGE.parent / "benchmarks"
     folder.mkdir(exist_ok=True)
+
+    def joint_table(name: str) -> str:
+        return edits_table(bench(name), f"Blocks of {name}", options.size or 512, plan)
+
     parts: dict[str, Callable[[], str]] = {
         "edits": lambda: edits_table(bench("SD1.5"), "SD1.5's U-Net", options.size or 512, plan),
         "paths": lambda: paths_table(bench("SD1.5"), bench("SD1.5").by_default(), "SD1.5's U-Net"),
@@ -184,12 +198,14 @@ def main() -> None:
             bench("SDXL"), "SDXL's U-Net", options.size or 1024, plan, [PLAIN, "swap", "refine", MATERIALISED]
         ),
     }
+    parts |= {name: partial(joint_table, name) for name in LAYOUTS}
     models: dict[str, Bench] = {}
 
     def bench(name: str) -> Bench:
         if name not in models:
             models.clear()
-            models[name] = Bench(random_model(name), clip)
+            kind = JointBench(name, clip) if name in LAYOUTS else Bench(random_model(name), clip)
+            models[name] = kind
         return models[name]
 
     for name, part in parts.items():

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..attention.blend import LocalBlend, read_blend
 from ..attention.edit import Edit
-from ..attention.schedule import SELF_MODES, TauSchedule, Window, parse_word_windows
+from ..attention.schedule import MEASURES, SELF_MODES, TauSchedule, Window, parse_word_windows
 from ..sampling.controller import control
 from ..sampling.maps import MapsHandle
 from ..sampling.trajectory import Trajectory
@@ -115,6 +115,14 @@ class TauScheduler(io.ComfyNode):
                     tooltip="Mutual mode, in place of self_resolution: the first layer, as a fraction of all "
                     "layers, from 0 to 1. 0.63 is layer 10 of 16 in SD1.5.",
                 ),
+                io.Combo.Input(
+                    "measure",
+                    options=list(MEASURES),
+                    default=MEASURES[0],
+                    optional=True,
+                    tooltip="What the fractions are of. One sampler: steps. A run in parts (base and "
+                    "refiner, two experts, split sigmas): percent, of the model's noise schedule.",
+                ),
             ],
             outputs=[TauIO.Output("tau", display_name="tau")],
         )
@@ -139,6 +147,7 @@ class TauScheduler(io.ComfyNode):
         words: str,
         self_mode: str = SELF_MODES[0],
         mutual_layer: float = 0.63,
+        measure: str = MEASURES[0],
     ) -> io.NodeOutput:
         return io.NodeOutput(
             TauSchedule(
@@ -149,6 +158,7 @@ class TauScheduler(io.ComfyNode):
                 parse_word_windows(words),
                 self_mode,
                 mutual_layer,
+                measure,
             )
         )
 

@@ -37,7 +37,7 @@ class FeatureInjection(io.ComfyNode):
             "features and self-attention: structure stays, and the target prompt may be quite another one. "
             "Feed KSampler this model, this positive and a latent from Paired Latent.",
             inputs=[
-                model_input(),
+                model_input("SD1.x, SD2.x or SDXL"),
                 EditIO.Input(
                     "edit", tooltip="Source and target prompts; the alignment of words is not used."
                 ),

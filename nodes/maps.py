@@ -13,8 +13,6 @@ from .types import CATEGORY, MapsIO, check_options
 
 LAYERS = {"quarter": 4, "half": 2, "eighth": 8, "all": 0}
 """Names of the layers' resolutions, as fractions of the latent's sides -> downsampling, 0 for all."""
-PIXELS = 8
-"""Of an image for each pixel of its latent, where no image says how many."""
 
 
 class AttentionMaps(io.ComfyNode):
@@ -101,7 +99,7 @@ class AttentionMaps(io.ComfyNode):
         found = run.of(branch, phrases, run.layers(LAYERS[layers]), start, end)
         pairs, branches = found.shape[0], run.edit.branches
         under = None if image is None else images_of(image, pairs, branch, branches)
-        size = tuple(side * PIXELS for side in run.size) if under is None else under.shape[1:3]
+        size = tuple(side * run.pixels for side in run.size) if under is None else under.shape[1:3]
         large = interpolate(found, size, mode="bilinear", align_corners=False)
         blend = run.blend_of(branch)
         mask = coverage(large) if blend is None else interpolate(blend[:, None], size, mode="nearest")[:, 0]

@@ -24,7 +24,7 @@ CHARACTERS = 4000
 """Longest prompt that is aligned while it is written."""
 BODY = 64 * 1024
 """Longest request, bytes."""
-FIELDS = {"source": None, "target": None, "mode": "auto"}
+FIELDS = {"source": None, "target": None, "mode": "auto", "encoder": ""}
 """What a request holds, with the defaults."""
 
 _worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prompt-to-prompt")
@@ -93,8 +93,8 @@ def edits(alignment: Alignment) -> list[dict[str, Any]]:
 def answer(body: bytes) -> dict[str, Any]:
     """The alignment that a request asks for.
 
-    body: JSON with the fields source and target, and optionally mode. Raises ValueError, with the reason,
-    for anything else.
+    body: JSON with the fields source and target, and optionally mode and encoder (as a run named it). Raises
+    ValueError, with the reason, for anything else.
     """
     if len(body) > BODY:
         raise ValueError(f"The request is longer than {BODY} bytes.")

@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from ..attention.alignment import MODES
 from ..attention.edit import GAIN_LIMIT, Edit, words_to_reweight
 from ..sampling.encode import add_target, check_prompt, encoded, start_edit
+from ..sampling.preview import READERS
 from .page import alignment_data
 from .types import CATEGORY, EditIO, also_called, edit_input
 
@@ -23,10 +24,11 @@ def _mode_input() -> io.Combo.Input:
     )
 
 
-def _alignment(edit: Edit) -> dict[str, tuple]:
-    """What the page shows of an edit's last target."""
+def _alignment(clip: Any, edit: Edit) -> dict[str, tuple]:
+    """What the page shows of an edit's last target, and the name of the text encoder to ask with."""
     source, *_, target = encoded(edit)
-    return {"alignment": (alignment_data(source, target, edit.targets[-1].alignment),)}
+    data = alignment_data(source, target, edit.targets[-1].alignment)
+    return {"alignment": ({**data, "encoder": READERS.remember(clip)},)}
 
 
 class PromptPair(io.ComfyNode):
@@ -41,9 +43,7 @@ class PromptPair(io.ComfyNode):
             **also_called("word swap", "edit prompt"),
             description="Encodes source and target prompt and finds which words share their attention maps.",
             inputs=[
-                io.Clip.Input(
-                    "clip", tooltip="The text encoder of the checkpoint (CLIP: SD1.x, SD2.x, SDXL)."
-                ),
+                io.Clip.Input("clip", tooltip="The text encoder of the checkpoint."),
                 io.String.Input(
                     "source",
                     multiline=True,
@@ -64,7 +64,7 @@ class PromptPair(io.ComfyNode):
     @classmethod
     def execute(cls, clip: Any, source: str, target: str, mode: str) -> io.NodeOutput:
         edit = start_edit(clip, source, target, mode)
-        return io.NodeOutput(edit, ui=_alignment(edit))
+        return io.NodeOutput(edit, ui=_alignment(clip, edit))
 
 
 class AddTarget(io.ComfyNode):
@@ -103,7 +103,7 @@ class AddTarget(io.ComfyNode):
     @classmethod
     def execute(cls, clip: Any, edit: Edit, target: str, mode: str) -> io.NodeOutput:
         extended = add_target(clip, edit, target, mode)
-        return io.NodeOutput(extended, ui=_alignment(extended))
+        return io.NodeOutput(extended, ui=_alignment(clip, extended))
 
 
 class TokenReweight(io.ComfyNode):

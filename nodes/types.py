@@ -35,8 +35,8 @@ def also_called(*names: str) -> dict[str, list[str]]:
     return {"search_aliases": [*METHOD, *names]} if "search_aliases" in known else {}
 
 
-def model_input() -> io.Input:
-    return io.Model.Input("model", tooltip="SD1.x, SD2.x or SDXL, with any LoRAs and patches already on it.")
+def model_input(models: str = "SD, SDXL, SD3.5, Flux, Qwen-Image, Z-Image and more") -> io.Input:
+    return io.Model.Input("model", tooltip=f"{models}, with any LoRAs and patches already on it.")
 
 
 def edit_input() -> io.Input:

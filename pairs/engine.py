@@ -338,7 +338,7 @@ def cluster(job: Job) -> Iterator[Any]:
             os.symlink(ROOT, Path(scratch, "p2p"))
             environment["env_vars"]["PYTHONPATH"] = scratch
             cores = 2 * (job.workers or os.cpu_count() or 1) + 1  # places, not processors
-            where = {"num_cpus": cores, "include_dashboard": False}
+            where = {"address": "local", "num_cpus": cores, "include_dashboard": False}
         try:
             ray.init(**where, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:  # Ray raises bare ones too

@@ -16,6 +16,7 @@ from ..attention.inject import (
     self_attention,
     self_step,
 )
+from ..attention.maps import map_step, token_maps
 from ..attention.taken import CrossStep, SelfTaken, Taken
 from .host import optimized_attention
 from .network import Layer, of_kind
@@ -67,7 +68,7 @@ def fill(call: Call, taken: Taken, readings: Sequence[Reading], options: dict) -
                 put(layer, _Map(call, part, reached) if part.kind == "map" else _Mutual(call, part, reached))
     for reading in readings:
         for layer in reading.layers:
-            put(layer, _Read(call, reading))
+            put(layer, _Read(call, reading, taken.cross))
     return {**options, "patches_replace": replaced}, reached
 
 
@@ -132,12 +133,33 @@ class _Mutual:
 
 @dataclass(frozen=True, eq=False)
 class _Read:
+    """cross: how the layer's maps are edited."""
+
     call: Call
     reading: Reading
+    cross: CrossStep | None
 
     def __call__(self, at: At, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self.reading.read(self.call, at.layer, at.attend_own, q, k, at.options)
+        grid = _grid(q.shape[1], at.layer.scale, self.call.size, at.options)
+        if grid is not None:
+            self.reading.add(self.call, at.layer, self._maps(at, q, k), grid)
         return at.attend(q, k, v)
+
+    def _maps(self, at: At, q: Tensor, k: Tensor) -> Tensor:
+        call, reading = self.call, self.reading
+        step = call.run.once(
+            ("map step", reading.tokens, call.length, q.device, q.dtype, self.cross),
+            lambda: map_step(reading.columns(call), self.cross).to(q.device, q.dtype),
+        )
+        return token_maps(
+            at.attend_own,
+            q,
+            k,
+            heads=at.options["n_heads"],
+            rows=call.map_rows(),
+            step=step,
+            copies=call.copies,
+        )
 
 
 def _self_step(call: Call, taken: SelfTaken, weights: tuple[float, ...], like: Tensor) -> SelfStep:
@@ -174,6 +196,15 @@ def _around(previous: Replacement | None, layer: Layer, inject: Inject) -> Repla
         return inject(At(layer, attend, attend_own, extra_options), q, k, v)
 
     return replacement
+
+
+def _grid(tokens: int, scale: int, size: tuple[int, int], extra: dict) -> tuple[int, int] | None:
+    """Height and width of a layer's grid of queries, or None where another node made something else of it."""
+    height, width = extra.get("activations_shape", (0, 0))[-2:]
+    if height * width == tokens:
+        return height, width
+    height, width = (-(-side // scale) for side in size)
+    return (height, width) if height * width == tokens else None
 
 
 def grid_fraction(grid: Sequence[int], latent: Sequence[int]) -> float:

@@ -19,12 +19,13 @@ from .run import Call, Guest, Run, Start
 class Blending:
     """Keeps the targets of a run equal to their sources outside of regions: an `Entry`.
 
-    regions: of each target.
+    regions: of each target. measure: what the blend's start is a fraction of, as in `TauSchedule`.
     """
 
     edit: Edit
     blend: LocalBlend
     regions: tuple[Regions, ...]
+    measure: str = "steps"
 
     def begin(self, run: Run, start: Start) -> Guest:
         """Raises ValueError for another number of pairs than of masks."""
@@ -34,7 +35,9 @@ class Blending:
         reader = None
         if self.blend.needs_maps:
             tokens = tokens_of(self.regions, run.branches)
-            reader = MapReader(run, self.edit, tokens, region_layers(run.layers), keep_steps=False)
+            reader = MapReader(
+                run, self.edit, tokens, region_layers(run.layers, run.family), keep_steps=False
+            )
         return _Blend(run, self, reader)
 
 
@@ -50,14 +53,16 @@ class _Blend(Guest):
 
     def __init__(self, run: Run, entry: Blending, reader: MapReader | None):
         self.run, self.blend, self.regions, self.reader = run, entry.blend, entry.regions, reader
+        self.measure = entry.measure
         self.reads = reader is not None
 
     def watch(self, call: Call, taken: Taken) -> MapReading | None:
-        return self.reader.watch(call, taken) if self.reader is not None else None
+        return self.reader.watch(call) if self.reader is not None else None
 
     def step(self, x: Tensor, n: int) -> None:
         run = self.run
-        if n == 0 or (n < run.steps and (n - 1) / run.steps < self.blend.start):
+        last = n == run.steps and (self.measure == "steps" or run.sigmas[n] == 0.0)
+        if n == 0 or (not last and run.progress(self.measure)[n - 1] < self.blend.start):
             return
         self.mask = self._mask(x)
         rows = x.unflatten(0, (-1, run.branches))  # a view of x

@@ -88,15 +88,23 @@ def _same_size(a: Tensor, b: Tensor) -> list[Tensor]:
     ]
 
 
-SEEN = (("concat_latent_image", "concat_mask"), ("control", "control_apply_to_uncond"), ("gligen",))
+SEEN = (
+    ("concat_latent_image", "concat_mask"),
+    ("control", "control_apply_to_uncond"),
+    ("gligen",),
+    ("reference_latents",),
+    ("reference_latents_method",),
+    ("guidance",),
+)
 """Options of a conditioning that the host's nodes, or the host itself, put on positive and negative alike."""
 
 
 def seeing_images_of(negative: list, positive: list) -> list:
     """The positive CONDITIONING with what the negative one was given for the model to see.
 
-    That is the image of inpainting and InstructPix2Pix models, the ControlNets and T2I-Adapters, and GLIGEN's
-    boxes; of each, what the first of several negatives with any has.
+    That is the image of inpainting and InstructPix2Pix models, the ControlNets and T2I-Adapters, GLIGEN's
+    boxes, reference images and the guidance of distilled models; of each, what the first of several negatives
+    with any has.
     """
     seen: dict[str, Any] = {}
     given: dict[str, Any]

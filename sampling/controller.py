@@ -15,7 +15,7 @@ from ..attention.schedule import TauSchedule, Window
 from .blend import Blending
 from .conditioning import paired_conditioning
 from .encode import encoded
-from .families import Family, family_of
+from .families import family_of
 from .hooks import Hooks
 from .host import KEY
 from .maps import MapRecording, MapsHandle
@@ -51,30 +51,15 @@ def control(
     check_words(edit, tau)
     family = family_of(model.model)
     layers = layers_of(model.get_model_object("diffusion_model"), family)
-    if family is not None:
-        _check_transformer(family, blend, maps)
     follows = follow(model, trajectory)
     entries: list[Entry] = [] if follows is None else [follows]
     if blend is not None:
-        entries.append(Blending(edit, blend, regions(blend, edit)))
-    entries += [_recording(edit, maps), keep, Notice(edit)]
+        entries.append(Blending(edit, blend, regions(blend, edit), tau.measure))
+    entries += [_recording(edit, maps, tau.measure), keep, Notice(edit)]
     methods = (PromptToPrompt(edit, tau), MutualSelfAttention(edit, tau))
     return _controlled(
         model, Hooks(edit, layers, methods, tuple(entries), family, unguided=_unguided(follows))
     )
-
-
-def _check_transformer(family: Family, blend: LocalBlend | None, maps: MapsHandle | None) -> None:
-    """Raise ValueError for what the pack does with U-Nets only."""
-    given = {
-        "Local Blend by words": blend is not None and blend.needs_maps,
-        "Attention Maps": maps is not None and maps.wanted,
-    }
-    for name in (name for name, is_given in given.items() if is_given):
-        raise ValueError(
-            f"{name} does not work on transformers yet, and this model is {family.name}; take it out, or use "
-            "an SD1.x, SD2.x or SDXL model."
-        )
 
 
 def plug_and_play(
@@ -126,8 +111,8 @@ def plug_and_play(
     return _controlled(model, Hooks(edit, layers, (method,), tuple(entries), unguided=unguided))
 
 
-def _recording(edit: Edit, maps: MapsHandle | None) -> MapRecording:
-    return MapRecording(edit, weakref.ref(maps or MapsHandle()))
+def _recording(edit: Edit, maps: MapsHandle | None, measure: str = "steps") -> MapRecording:
+    return MapRecording(edit, weakref.ref(maps or MapsHandle()), measure)
 
 
 def _unguided(follows: Following | None) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from itertools import accumulate
 from typing import Any, Literal
@@ -57,6 +57,8 @@ class Family:
     multiple: the attribute with the multiple to which the network itself fills up text and image, each on its
     own. registers: number of learned tokens. module: the module whose attention function is called without
     the forward's options, and has to be given them.
+    clearest: number of the network's attention calls -> blocks of the first stage in which words' maps are
+    clearest, where they are known: the five best of Shin et al., ICCV 2025, in the authors' code.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Family:
     multiple: str | None = None
     registers: int = 0
     module: str | None = None
+    clearest: Mapping[int, tuple[int, ...]] = field(default_factory=dict, hash=False)
 
     @property
     def joint(self) -> bool:
@@ -91,6 +94,18 @@ class Family:
         frames = x.shape[2] if x.ndim == 5 else 1
         rows, columns = (math.ceil(side / self.patch) for side in x.shape[-2:])
         return frames, rows, columns
+
+    def map_layers(self, layers: Sequence[Layer]) -> tuple[Layer, ...]:
+        """The layers whose words' maps are read: in the clearest blocks, or the middle third of all.
+
+        layers: of the whole network.
+        """
+        reading = tuple(layer for layer in layers if layer.kind in ("joint", "cross"))
+        blocks = self.clearest.get(len(layers))
+        if blocks is None:
+            ends = len(reading) // 3
+            return reading[ends : len(reading) - ends]
+        return tuple(layer for layer in reading if layer.block[0] == 0 and layer.block[1] in blocks)
 
     def tokens(self, texts: Sequence[int], image: int, length: int, multiple: int = 1) -> Tokens:
         """Where the tokens of a joint call lie.
@@ -153,7 +168,13 @@ TEXT_FIRST: tuple[Part, ...] = ("text", "image", "references")
 SHIFTED = "The position of its image tokens depends on the length of the prompt, which is one for all rows."
 
 FAMILIES = (
-    Family("SD3", ("SD3",), (Stage("joint_blocks", ("joint", "self?x_block.attn2")),), ("text", "image")),
+    Family(
+        "SD3",
+        ("SD3",),
+        (Stage("joint_blocks", ("joint", "self?x_block.attn2")),),
+        ("text", "image"),
+        clearest={24: (7, 8, 5, 4, 9), 37: (7, 9, 8, 5, 10), 38: (18, 21, 20, 24, 16)},  # 3 M, 3.5 M, 3.5 L
+    ),
     Family(
         "AuraFlow",
         ("AuraFlow",),
@@ -161,7 +182,7 @@ FAMILIES = (
         ("registers", "text", "image"),
         registers=8,
     ),
-    Family("Flux", ("Flux",), FLUX, TEXT_FIRST),
+    Family("Flux", ("Flux",), FLUX, TEXT_FIRST, clearest={57: (18, 17, 12, 14, 11)}),
     Family("Flux.2", ("Flux2",), FLUX, TEXT_FIRST, patch=1, front=512),
     Family("LongCat-Image", ("LongCatImage",), FLUX, TEXT_FIRST, padding="front"),
     Family("Chroma", ("Chroma",), FLUX, TEXT_FIRST),

@@ -87,7 +87,12 @@ class Hooks:
         guider, branches = executor.class_obj, self.edit.branches
         check_rows(noise.shape[0], branches, "The latent")
         run = Run(
-            check_sigmas(sigmas.tolist()), tuple(noise.shape), branches, self.layers, family=self.family
+            check_sigmas(sigmas.tolist()),
+            tuple(noise.shape),
+            branches,
+            self.layers,
+            family=self.family,
+            sigma_of=guider.model_patcher.get_model_object("model_sampling").percent_to_sigma,
         )
         again = _again(guider, noise, latent_image, sampler, sigmas, args, kwargs)
         mask = args[0] if args else kwargs.get("denoise_mask")

@@ -13,11 +13,12 @@ from einops import rearrange
 from torch import Tensor
 
 from ..attention.edit import Edit
-from ..attention.inject import Attention
-from ..attention.maps import MapRows, MapStep, Tokens, map_rows, map_step, token_columns, token_maps
-from ..attention.taken import CrossStep, Taken
+from ..attention.maps import Tokens, token_columns
+from ..attention.taken import Taken
 from ..attention.word_maps import WordMaps, nearest
+from .families import Family
 from .host_memory import to_host
+from .layout import layout_of
 from .network import Layer, Layers, of_kind
 from .run import Call, Guest, Run, Start
 
@@ -25,14 +26,18 @@ RUNS_KEPT = 2
 """Runs that a controller's maps can be asked for: a first pass and a second."""
 
 
-def coarse_layers(layers: Layers) -> Layers:
-    """The cross-attention layers whose maps are shown: all that are coarser than the latent, if any are."""
+def shown_layers(layers: Layers, family: Family | None = None) -> Layers:
+    """The layers whose maps are shown: of a U-Net all cross-attention coarser than the latent, if any is."""
+    if family is not None:
+        return family.map_layers(layers)
     cross = of_kind(layers, "cross")
     return tuple(layer for layer in cross if layer.scale > 1) or cross
 
 
-def region_layers(layers: Layers) -> Layers:
-    """The cross-attention layers nearest to the published resolution of a word's region."""
+def region_layers(layers: Layers, family: Family | None = None) -> Layers:
+    """The layers that tell a word's region: of a U-Net those nearest to the published resolution."""
+    if family is not None:
+        return family.map_layers(layers)
     cross = of_kind(layers, "cross")
     scale = nearest(layer.scale for layer in cross)
     return tuple(layer for layer in cross if layer.scale == scale)
@@ -43,6 +48,7 @@ class MapReader:
     """Maps of one run. layers: those to read.
 
     keep_steps: keep the maps of every step (on the CPU), not only the sum over the run so far.
+    measure: what the steps' progress is a fraction of, as in `TauSchedule`.
     """
 
     run: Run
@@ -50,16 +56,27 @@ class MapReader:
     tokens: Tokens
     layers: Layers
     keep_steps: bool
+    measure: str = "steps"
     _total: dict[int, Tensor] = field(default_factory=dict)
     _now: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
     _step: int = 0
     _steps: dict[int, dict[int, Tensor]] = field(default_factory=dict)
 
-    def watch(self, call: Call, taken: Taken) -> MapReading | None:
+    def __post_init__(self) -> None:
+        """Raises ValueError for latents of several frames."""
+        frames = self.run.shape[2] if len(self.run.shape) == 5 else 1
+        if frames > 1:
+            raise ValueError(
+                "Attention Maps and Local Blend by words read one image, and the latent has "
+                f"{frames} frames. Use a latent of one frame; or disconnect the maps, and give Local Blend a "
+                "mask without words."
+            )
+
+    def watch(self, call: Call) -> MapReading | None:
         """What to read in a forward, edits included; nothing where it sees a part of the image only."""
         if not call.own or not call.is_whole_image:
             return None
-        return MapReading(self, taken.cross)
+        return MapReading(self)
 
     def add(self, scale: int, maps: Tensor, count: int) -> None:
         """Maps of one forward: (pairs, B, W, height, width), summed over `count` layers and conditionings."""
@@ -96,39 +113,37 @@ class MapReader:
             scale: tuple(maps[step] for step in seen if step in maps)
             for scale, maps in sorted(self._steps.items())
         }
-        progress = tuple(step / self.run.steps for step in seen)
+        reached = self.run.progress(self.measure)
+        progress = tuple(reached[step] for step in seen)
         height, width = self.run.shape[-2:]
         mask = None if blend is None else blend.cpu()
-        return WordMaps(self.edit, self.tokens, progress, by_scale, mask, (height, width))
+        family = self.run.family
+        pixels = 8 if family is None else 16 // family.patch
+        return WordMaps(self.edit, self.tokens, progress, by_scale, mask, (height, width), pixels)
 
 
 @dataclass(eq=False)
 class MapReading:
-    """What one forward gives to its reader. cross: how its cross-attention is edited."""
+    """What one forward gives to its reader."""
 
     reader: MapReader
-    cross: CrossStep | None
     _sums: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
 
     @property
     def layers(self) -> Collection[Layer]:
         return self.reader.layers
 
-    def read(
-        self, call: Call, layer: Layer, attend: Attention, q: Tensor, k: Tensor, extra_options: dict
-    ) -> None:
-        grid = _grid(q.shape[1], layer.scale, call.size, extra_options)
-        if grid is None:
-            return
-        maps = token_maps(
-            attend,
-            q,
-            k,
-            heads=extra_options["n_heads"],
-            rows=self._rows(call),
-            step=self._step(call, q),
-            copies=call.copies,
+    @property
+    def tokens(self) -> Tokens:
+        return self.reader.tokens
+
+    def columns(self, call: Call) -> Tensor:
+        return call.run.once(
+            ("map columns", self.tokens, call.length, call.texts),
+            lambda: token_columns(layout_of(self.reader.edit, call), self.tokens),
         )
+
+    def add(self, call: Call, layer: Layer, maps: Tensor, grid: tuple[int, int]) -> None:
         branches = call.part.branches
         maps = rearrange(
             maps, "(c p b) (h w) t -> c p b t h w", c=len(call.own), b=len(branches), h=grid[0]
@@ -146,20 +161,6 @@ class MapReading:
     def commit(self) -> None:
         for scale, (maps, count) in self._sums.items():
             self.reader.add(scale, maps, count)
-
-    def _rows(self, call: Call) -> MapRows:
-        key = ("map rows", call.chunk, call.own, call.part.targets, call.device)
-        offsets = [n * call.chunk for n in call.own]
-        return call.run.once(key, lambda: map_rows(call.part.branches, offsets, call.chunk, call.device))
-
-    def _step(self, call: Call, like: Tensor) -> MapStep:
-        length, edit, tokens = call.length, self.reader.edit, self.reader.tokens
-        assert length is not None
-        key = ("map step", tokens, length, like.device, like.dtype, self.cross)
-        return call.run.once(
-            key,
-            lambda: map_step(token_columns(edit, tokens, length), self.cross).to(like.device, like.dtype),
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,19 +227,16 @@ class MapRecording:
 
     edit: Edit
     handle: weakref.ref[MapsHandle]
+    measure: str = "steps"
 
     def begin(self, run: Run, start: Start) -> Guest:
         handle = self.handle()
         if handle is None:
             return Guest()
         reader = None
-        if handle.wanted and run.family is not None:
-            raise ValueError(
-                f"Attention Maps do not work on transformers yet, and this model is {run.family.name}; take "
-                "that node out."
-            )
         if handle.wanted:
-            reader = MapReader(run, self.edit, self.edit.tokens, coarse_layers(run.layers), keep_steps=True)
+            layers = shown_layers(run.layers, run.family)
+            reader = MapReader(run, self.edit, self.edit.tokens, layers, True, self.measure)
         return _Recorder(run, self.handle, reader, start.again)
 
 
@@ -254,7 +252,7 @@ class _Recorder(Guest):
         self.reads = reader is not None
 
     def watch(self, call: Call, taken: Taken) -> MapReading | None:
-        return self.reader.watch(call, taken) if self.reader is not None else None
+        return self.reader.watch(call) if self.reader is not None else None
 
     def end(self, samples: Tensor) -> None:
         handle = self.handle()
@@ -271,12 +269,3 @@ def _holds(rows: Tensor, some: Tensor) -> bool:
         return False
     rows = rows.to(some)
     return all(any(torch.equal(row, other) for other in rows) for row in some)
-
-
-def _grid(tokens: int, scale: int, size: tuple[int, int], extra: dict) -> tuple[int, int] | None:
-    """Height and width of a layer's grid of queries, or None where another node made something else of it."""
-    height, width = extra.get("activations_shape", (0, 0))[-2:]
-    if height * width == tokens:
-        return height, width
-    height, width = (-(-side // scale) for side in size)
-    return (height, width) if height * width == tokens else None

@@ -22,7 +22,9 @@ class MutualSelfAttention:
 
     def taken(self, call: Call) -> Taken:
         """The source's keys and values of self-attention, in every conditioning."""
-        weights = [schedule.self_weight(call.progress, "mutual") for schedule in self.schedules]
+        weights = [
+            schedule.self_weight(call.progress(schedule.measure), "mutual") for schedule in self.schedules
+        ]
         if not any(weights):
             return Taken()
         layers = of_kind(call.run.layers, "self", "joint")

@@ -1,4 +1,4 @@
-"""What is taken in one forward of a transformer, put into its attention by the host's override.
+"""What is taken and read in one forward of a transformer, by the host's override of its attention.
 
 The override sits in the options of this one forward. A call of attention is known by its place among the
 forward's calls and by its shape (`families`); one that the family does not predict is left alone.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,12 +28,23 @@ from .families import Family
 from .run import Call, Forward, Group, Reading
 
 OVERRIDE = "optimized_attention_override"
+ATTENTION: dict[str, Callable[..., Tensor]] = {
+    "words": joint.word_attention,
+    "image": joint.image_attention,
+    "mutual": joint.mutual_attention,
+}
+TERMS: dict[str, Callable[..., list[joint.Term]]] = {
+    "words": joint.word_terms,
+    "image": joint.image_terms,
+    "mutual": joint.mutual_terms,
+}
+"""By kind of edit."""
 
 
 def fill(
     call: Call, taken: Taken, readings: Sequence[Reading], forward: Forward, network: Any
 ) -> tuple[dict, list[Layer]]:
-    """The transformer_options of a forward, or of a part of it, in whose layers this is taken.
+    """The transformer_options of a forward, or of a part of it, in whose layers this is taken and read.
 
     Another node's override is called in the place of the host's attention. The second result is the layers in
     which something was taken, which fills while the forward runs.
@@ -40,7 +52,8 @@ def fill(
     reached: list[Layer] = []
     places = Places.of(call, forward, network)
     previous = forward.options.get(OVERRIDE)
-    return {**forward.options, OVERRIDE: _Override(call, taken, places, previous, reached)}, reached
+    override = _Override(call, taken, readings, places, previous, reached)
+    return {**forward.options, OVERRIDE: override}, reached
 
 
 @contextmanager
@@ -68,15 +81,20 @@ def is_padded(call: Call) -> bool:
 class Places:
     """The sizes by which a forward's calls are known.
 
-    layers: the calls, in order. texts: tokens of each part of the text, padding included. image: tokens.
+    layers: the calls, in order. texts: tokens of each part of the text, padding included. grid: frames, rows
+    and columns of the image's tokens.
     """
 
     family: Family
     layers: tuple[Layer, ...]
     batch: int
     texts: tuple[int, ...]
-    image: int
+    grid: tuple[int, int, int]
     multiple: int
+
+    @property
+    def image(self) -> int:
+        return math.prod(self.grid)
 
     @classmethod
     def of(cls, call: Call, forward: Forward, network: Any) -> Places:
@@ -86,10 +104,9 @@ class Places:
         layers = call.run.once(
             ("layers", references), lambda: families.layers_of(family, network, references)
         )
-        frames, height, width = family.grid(forward.x)
         multiple = getattr(network, family.multiple) if family.multiple else 1
         texts = family.text_lengths(forward.arguments)
-        return cls(family, layers, forward.x.shape[0], texts, frames * height * width, multiple)
+        return cls(family, layers, forward.x.shape[0], texts, family.grid(forward.x), multiple)
 
     def fits(self, layer: Layer, q: Tensor, k: Tensor) -> bool:
         """Whether a call has the shape of this layer's."""
@@ -110,10 +127,11 @@ class Places:
         return sizes == {"self": (image, image), "cross": (image, every), "text": (first, first)}[layer.kind]
 
     def tokens(self, layer: Layer, length: int) -> Tokens:
-        """Where text and image lie in a call; of self-attention all is image, of text alone all is text."""
+        """Where text and image lie in a call; of text alone all is text, and else, but for joint and
+        cross-attention, all is image."""
         if layer.kind == "joint":
             return self.family.tokens(self.texts, self.image, length, self.multiple)
-        if layer.kind == "self":
+        if layer.kind not in ("cross", "text"):
             return Tokens((), slice(0, length))
         texts = self.texts if layer.kind == "cross" else self.texts[:1]
         ends = [sum(texts[: n + 1]) for n in range(len(texts))]
@@ -131,11 +149,12 @@ class _Override:
         self,
         call: Call,
         taken: Taken,
+        readings: Sequence[Reading],
         places: Places,
         previous: Callable[..., Tensor] | None,
         reached: list[Layer],
     ):
-        self.call, self.taken, self.places = call, taken, places
+        self.call, self.taken, self.readings, self.places = call, taken, readings, places
         self.previous, self.reached = previous, reached
         self.next = 0
         self.parts = [(frozenset(part.layers), part) for part in taken.self_]
@@ -146,7 +165,7 @@ class _Override:
         """In the host's form: function is its attention, and whatever else is given goes on to it."""
         inner = function if self.previous is None else functools.partial(self.previous, function)
         layer = self._layer(q, k)
-        if layer is None:
+        if layer is None or layer.kind in ("features", "reference"):
             return inner(q, k, v, heads, *args, **kwargs)
         named = {name: value for name, value in kwargs.items() if name != "mask"}
         mask, *more = args or (kwargs.get("mask"),)
@@ -168,8 +187,12 @@ class _Override:
     def _edited(self, layer: Layer, tensors: joint.Call, heads: int, attend: joint.Attention) -> Tensor:
         tokens = self.places.tokens(layer, tensors.k.shape[-2])
         if layer.kind == "cross":
+            self._read(layer, tokens, tensors, heads, attend, self._cross_reads)
             return self._cross(layer, tokens, tensors, attend)
         edits = self._edits(layer)
+        if layer.kind == "joint":
+            reads = functools.partial(self._joint_reads, edits)
+            self._read(layer, tokens, tensors, heads, attend, reads)
         if not edits:
             own = self._groups(layer, tokens, tensors, tuple(range(self.call.batch)))
             return tensors.attend(attend, own)
@@ -248,14 +271,10 @@ class _Override:
     def _cross(self, layer: Layer, tokens: Tokens, tensors: joint.Call, attend: joint.Attention) -> Tensor:
         """Cross-attention, as in U-Nets, with each row's own columns."""
         call, step = self.call, self.taken.cross
-        everyone = range(call.batch)
         if step is None or not call.own:
-            return tensors.attend(attend, self._groups(layer, tokens, tensors, tuple(everyone)))
+            return tensors.attend(attend, self._groups(layer, tokens, tensors, tuple(range(call.batch))))
         self.reached.append(layer)
-        rows, numbers = call.rows(), call.rows_in(call.own, None, torch.device("cpu"))
-        columns = self._columns(
-            layer, tokens, tensors, everyone, numbers.origin.tolist(), numbers.target.tolist()
-        )
+        rows, columns = call.rows(), self._cross_columns(layer, tokens, tensors)
         step = call.run.once(
             ("cross", rows, self.taken.cross, tensors.v.dtype),
             lambda: step.to(tensors.v.device, tensors.v.dtype).by_row(rows.branch),
@@ -284,6 +303,103 @@ class _Override:
             step=step,
             sources=sources,
         )
+
+    def _cross_columns(self, layer: Layer, tokens: Tokens, tensors: joint.Call) -> Columns:
+        target, _, origin = self.call.numbers_in(self.call.own, None)
+        return self._columns(layer, tokens, tensors, range(self.call.batch), origin, target)
+
+    def _read(
+        self,
+        layer: Layer,
+        tokens: Tokens,
+        tensors: joint.Call,
+        heads: int,
+        attend: joint.Attention,
+        edited: Callable[[Layer, Tokens, joint.Call], Sequence[_Reads]],
+    ) -> None:
+        """Give a layer's maps to whoever reads them. edited: the rows whose maps are edited."""
+        call, (_, height, width) = self.call, self.places.grid
+        readings = [reading for reading in self.readings if layer in reading.layers]
+        if not readings:
+            return
+        parts = [*edited(layer, tokens, tensors)]
+        parts += self._reads_of_others(layer, tokens, tensors, {n for part in parts for n in part.targets})
+        queries = (tokens.image,) if layer.kind == "joint" else None
+        for reading in readings:
+            columns = self._wanted(reading, tensors.v.dtype)
+            maps = tensors.v.new_zeros(call.batch, height * width, columns.shape[2], dtype=torch.float32)
+            for part in parts:
+                maps[part.rows.target] = joint.read_maps(
+                    attend,
+                    part.terms,
+                    tokens=tokens,
+                    rows=part.rows,
+                    heads=heads,
+                    wanted=columns.index_select(0, part.rows.branch + 1),
+                    queries=queries,
+                )
+            reading.add(call, layer, maps.index_select(0, call.map_rows().row), (height, width))
+
+    def _wanted(self, reading: Reading, dtype: torch.dtype) -> Tensor:
+        """The columns to read, (B, t, W)."""
+        call = self.call
+        key = ("map columns", reading.tokens, call.length, call.texts, call.device, dtype)
+        return call.run.once(key, lambda: reading.columns(call).to(dtype).to(call.device))
+
+    def _joint_reads(
+        self, edits: Sequence[_Edit], layer: Layer, tokens: Tokens, tensors: joint.Call
+    ) -> list[_Reads]:
+        """What the targets' images use in joint attention, in the pair's own chunks."""
+        call = self.call
+        own = call.run.once(
+            ("edits read", edits),
+            lambda: [replace(edit, chunks=call.own) for edit in edits if call.own[0] in edit.chunks],
+        )
+        found = []
+        for edit in own:
+            rows, (origin, target) = edit.rows(call), edit.numbers(call)
+            columns = self._columns(layer, tokens, tensors, range(call.batch), origin, target)
+            found.append(_Reads(edit.targets, rows, edit.terms(call, tensors, rows, tokens, columns)))
+        return found
+
+    def _cross_reads(self, layer: Layer, tokens: Tokens, tensors: joint.Call) -> list[_Reads]:
+        """What the targets' images use in cross-attention; its re-weighting left out."""
+        call, step = self.call, self.taken.cross
+        if step is None:
+            return []
+        rows = call.rows()
+        plain = step.unscaled or step
+        by_row = call.run.once(
+            ("cross", rows, plain, tensors.v.dtype),
+            lambda: plain.to(tensors.v.device, tensors.v.dtype).by_row(rows.branch),
+        )
+        columns = self._cross_columns(layer, tokens, tensors)
+        terms = joint.cross_terms(tensors, rows=rows, step=by_row, columns=columns)
+        return [_Reads(call.part.targets, rows, terms)]
+
+    def _reads_of_others(
+        self, layer: Layer, tokens: Tokens, tensors: joint.Call, edited: set[int]
+    ) -> list[_Reads]:
+        """What the images of sources and of targets that are not edited use: their own maps."""
+        call = self.call
+        branches = call.part.branches
+        own = [
+            (chunk * call.chunk + row, branches[row % len(branches)] - 1)
+            for chunk in call.own
+            for row in range(call.chunk)
+            if branches[row % len(branches)] - 1 not in edited
+        ]
+        numbers = [row for row, _ in own]
+        rows = call.run.once(
+            ("rows read", *_rows_key(call), tuple(numbers)),
+            lambda: Rows(
+                torch.tensor(numbers, device=call.device),
+                torch.tensor([branch for _, branch in own], device=call.device),
+                torch.arange(call.batch, device=call.device),
+            ),
+        )
+        groups = self._groups(layer, tokens, tensors, tuple(numbers))
+        return [_Reads((), rows, joint.own_terms(tensors, Columns(target=groups)))]
 
     def _columns(
         self,
@@ -356,6 +472,18 @@ def kept_columns(call: Call, row: int, tokens: Tokens, length: int, front: bool)
 
 
 @dataclass(frozen=True, eq=False)
+class _Reads:
+    """Rows whose maps are read, and what these are made of.
+
+    targets: those among them whose maps are edited. rows: as of targets; the branch of a source is -1.
+    """
+
+    targets: Group
+    rows: Rows
+    terms: Sequence[joint.Term]
+
+
+@dataclass(frozen=True, eq=False)
 class _Edit:
     """What the targets of some chunks take in a call.
 
@@ -368,15 +496,15 @@ class _Edit:
     step: CrossStep | None = None
 
     def rows(self, call: Call) -> Rows:
-        return call.rows_in(self.chunks, self._taking, call.device)
+        return call.rows_in(self.chunks, self.targets)
 
     def numbers(self, call: Call) -> tuple[list[int], list[int]]:
         """The rows' origins, and which are targets, as numbers."""
-        rows = call.rows_in(self.chunks, self._taking, torch.device("cpu"))
-        return rows.origin.tolist(), rows.target.tolist()
+        target, _, origin = call.numbers_in(self.chunks, self.targets)
+        return origin, target
 
     @property
-    def _taking(self) -> Group:
+    def targets(self) -> Group:
         return tuple(number for number, _ in self.weights)
 
     def attention(
@@ -392,21 +520,28 @@ class _Edit:
         whole: joint.Call | None = None,
     ) -> Tensor:
         """whole: the call of all rows, where tensors are those of the targets alone."""
+        given = self._given(call, tensors, rows, tokens, columns)
+        if self.kind == "mutual":
+            given["sources"] = None if whole is None else (whole.k, whole.v)
+            given["gain"] = self._step(call, rows.branch, tensors.v).gain
+        else:
+            given["sources"] = sources
+        return ATTENTION[self.kind](attend, tensors, heads=heads, **given)
+
+    def terms(
+        self, call: Call, tensors: joint.Call, rows: Rows, tokens: Tokens, columns: Columns
+    ) -> list[joint.Term]:
+        """What the targets' image is made of, in a call with all rows; re-weighting left out."""
+        return TERMS[self.kind](tensors, **self._given(call, tensors, rows, tokens, columns))
+
+    def _given(
+        self, call: Call, tensors: joint.Call, rows: Rows, tokens: Tokens, columns: Columns
+    ) -> dict[str, Any]:
         step = self._step(call, rows.branch, tensors.v)
-        given: dict[str, Any] = {
-            "tokens": tokens,
-            "rows": rows,
-            "heads": heads,
-            "columns": columns,
-        }
+        given: dict[str, Any] = {"tokens": tokens, "rows": rows, "columns": columns}
         if self.kind == "words":
-            return joint.word_attention(attend, tensors, step=step, sources=sources, **given)
-        weight = None if all(weight == 1.0 for _, weight in self.weights) else step.weight
-        if self.kind == "image":
-            return joint.image_attention(attend, tensors, weight=weight, sources=sources, **given)
-        if whole is not None:
-            given["sources"] = (whole.k, whole.v)
-        return joint.mutual_attention(attend, tensors, weight=weight, gain=step.gain, **given)
+            return {**given, "step": step}
+        return {**given, "weight": None if all(w == 1.0 for _, w in self.weights) else step.weight}
 
     def _step(self, call: Call, branch: Tensor, like: Tensor) -> joint.WordStep:
         """Tables with an entry for each row that takes."""

@@ -34,8 +34,8 @@ class PlugAndPlay:
         targets = call.run.branches - 1
         self_ = SelfTaken("map", (1.0,) * targets, self.layers, (math.inf,) * targets, everywhere=True)
         return Taken(
-            self_=(self_,) if self.attention.weight(call.progress) else (),
-            features=self.number if self.features.weight(call.progress) else None,
+            self_=(self_,) if self.attention.weight(call.progress()) else (),
+            features=self.number if self.features.weight(call.progress()) else None,
         )
 
 

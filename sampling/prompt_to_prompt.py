@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from ..attention.edit import Edit
-from ..attention.plan import Padded, Plan, Repeated, make_plan
+from ..attention.plan import Plan, make_plan
 from ..attention.schedule import TauSchedule
 from ..attention.taken import SelfTaken, Taken
+from .layout import layout_of
 from .network import of_kind
 from .run import Call
 
@@ -23,10 +24,12 @@ class PromptToPrompt:
         both = self._self_attention(call, "map in both halves", everywhere=True)
         if call.length is None:
             return Taken(self_=both)
-        return Taken(self._plan(call).cross[call.step], self._self_attention(call, "map") + both)
+        return Taken(self._plan(call).cross[call.run.place], self._self_attention(call, "map") + both)
 
     def _self_attention(self, call: Call, mode: str, everywhere: bool = False) -> tuple[SelfTaken, ...]:
-        weights = tuple(schedule.self_weight(call.progress, mode) for schedule in self.schedules)
+        weights = tuple(
+            schedule.self_weight(call.progress(schedule.measure), mode) for schedule in self.schedules
+        )
         if not any(weights):
             return ()
         layers = of_kind(call.run.layers, "self", "joint")
@@ -36,14 +39,5 @@ class PromptToPrompt:
     def _plan(self, call: Call) -> Plan:
         return call.run.once(
             ("plan", call.length, call.texts),
-            lambda: make_plan(self.edit, self.tau, call.run.steps, self._layout(call)),
+            lambda: make_plan(self.edit, self.tau, call.run.progress, layout_of(self.edit, call)),
         )
-
-    def _layout(self, call: Call) -> Repeated | Padded:
-        family, length = call.run.family, call.length
-        assert length is not None
-        if family is None:
-            return Repeated(self.edit, length)
-        assert call.texts is not None
-        front = bool(family.front) or family.padding == "front"
-        return Padded(self.edit, [sum(parts) for parts in call.texts], length, front)

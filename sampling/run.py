@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..attention.inject import Attention, Rows, paired_rows
-from ..attention.schedule import step_of
+from ..attention.inject import Numbers, Rows, paired_numbers, paired_rows
+from ..attention.maps import MapRows, Tokens, map_rows
+from ..attention.schedule import in_steps, place_of
 from ..attention.taken import Taken
 from .families import Family
 from .host import KEY
@@ -140,14 +141,9 @@ class Call:
     part: Part
     texts: Lengths | None = None
 
-    @property
-    def step(self) -> int:
-        return self.run.step
-
-    @property
-    def progress(self) -> float:
-        """The step's place in the run, from 0 to 1."""
-        return self.run.step / self.run.steps
+    def progress(self, measure: str = "steps") -> float:
+        """The call's place in the run, from 0 to 1."""
+        return self.run.progress(measure)[self.run.place]
 
     @property
     def chunk(self) -> int:
@@ -175,24 +171,20 @@ class Call:
         taking: of these targets, by number; of all of them by default.
         """
         chunks = tuple(range(self.chunks)) if everywhere else self.own
-        return self.rows_in(chunks, None if taking is None else tuple(taking), self.device)
+        return self.rows_in(chunks, None if taking is None else tuple(taking))
 
-    def rows_in(self, chunks: tuple[int, ...], taking: Group | None, device: torch.device) -> Rows:
+    def rows_in(self, chunks: tuple[int, ...], taking: Group | None) -> Rows:
         """The targets' rows in some chunks."""
-        part, known = self.part, not self.part.sources.in_batch
-        key = ("rows", self.batch, self.chunk, chunks, part.targets, known, taking, device)
-        return self.run.once(
-            key,
-            lambda: paired_rows(
-                self.batch,
-                part.targets,
-                [n * self.chunk for n in chunks],
-                self.chunk,
-                device,
-                taking,
-                known,
-            ),
-        )
+        known = not self.part.sources.in_batch
+        tiling = self.part.targets, [n * self.chunk for n in chunks], self.chunk
+        key = ("rows", self.batch, self.chunk, chunks, self.part.targets, known, taking, self.device)
+        return self.run.once(key, lambda: paired_rows(self.batch, *tiling, self.device, taking, known))
+
+    def numbers_in(self, chunks: tuple[int, ...], taking: Group | None) -> Numbers:
+        """The same rows as numbers."""
+        known = not self.part.sources.in_batch
+        tiling = self.part.targets, [n * self.chunk for n in chunks], self.chunk
+        return paired_numbers(self.batch, *tiling, taking, known)
 
     def source_rows(self) -> Tensor:
         """The sources' rows in the pair's own chunks."""
@@ -202,17 +194,34 @@ class Call:
         ]
         return self.run.once(key, lambda: torch.tensor(rows, dtype=torch.long, device=self.device))
 
+    def map_rows(self) -> MapRows:
+        """The rows whose maps are read: all of the pair's own chunks."""
+        key = ("map rows", self.chunk, self.own, self.part.targets, self.device)
+        offsets = [n * self.chunk for n in self.own]
+        return self.run.once(key, lambda: map_rows(self.part.branches, offsets, self.chunk, self.device))
+
 
 class Reading(Protocol):
-    """What a guest reads in the layers of one forward. It counts once the forward has ended."""
+    """What a guest reads in the layers of one forward. It counts once the forward has ended.
+
+    tokens: the wanted tokens of each branch's prompt.
+    """
 
     @property
     def layers(self) -> Collection[Layer]: ...
 
-    def read(
-        self, call: Call, layer: Layer, attend: Attention, q: Tensor, k: Tensor, extra_options: dict
-    ) -> None:
-        """attend: the host's attention. q (b, n, h d), k (b, L, h d). extra_options: the layer's."""
+    @property
+    def tokens(self) -> Tokens: ...
+
+    def columns(self, call: Call) -> Tensor:
+        """The wanted columns of each branch's maps, (B, t, W), float64 on the CPU."""
+        ...
+
+    def add(self, call: Call, layer: Layer, maps: Tensor, grid: tuple[int, int]) -> None:
+        """A layer's maps, (chunks x pairs x branches, n, W), in the order of `Call.map_rows`.
+
+        grid: height and width of its n queries.
+        """
         ...
 
     def commit(self) -> None:
@@ -276,10 +285,12 @@ class Run:
 
     sigmas: the run's list. shape: of the sampler's batch, (pairs x branches, channels, height, width).
     branches: rows of a pair. layers: of the network; family: of a transformer. guests: what takes part in it.
+    sigma_of: the model's noise schedule, from percent to sigma.
     lengths: uuid of each of the pair's own conditioning entries -> its number of tokens; texts: and those of
     each branch, of transformers.
     groups: the targets that go through the model together, all of them if memory allows.
-    step, sigma: of the prediction under way. known_sigma: what was already read for the next prediction.
+    place, sigma: of the prediction under way: the last of the run's sigmas that it has reached, and its own.
+    known_sigma: what was already read for the next prediction.
     injecting: whether the model calls under way belong to the pair's own prediction.
     predicted: whether that prediction was already made for this call of the sampler.
     injected, due: forwards in which layers took from the source, and in which they should have.
@@ -292,10 +303,11 @@ class Run:
     layers: Layers
     guests: tuple[Guest, ...] = ()
     family: Family | None = None
+    sigma_of: Callable[[float], Any] | None = None
     lengths: dict[uuid.UUID, int] = field(default_factory=dict)
     texts: dict[uuid.UUID, Lengths] = field(default_factory=dict)
     groups: tuple[Group, ...] = ()
-    step: int = 0
+    place: int = 0
     sigma: float = 0.0
     known_sigma: float | None = None
     injecting: bool = False
@@ -316,6 +328,20 @@ class Run:
     def steps(self) -> int:
         return len(self.sigmas) - 1
 
+    @property
+    def step(self) -> int:
+        """The step of the prediction under way."""
+        return min(self.place, self.steps - 1)
+
+    def progress(self, measure: str) -> Sequence[float]:
+        """The progress at each of the run's sigmas, from 0 to 1."""
+        if measure == "steps" or self.sigma_of is None:
+            return in_steps(self.steps)(measure)
+        sigma_of = self.sigma_of
+        return self.once(
+            ("progress", measure), lambda: [percent_of(sigma, sigma_of) for sigma in self.sigmas]
+        )
+
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What is worked out once per run. key: of all that it depends on."""
         if key not in self._made:
@@ -324,7 +350,7 @@ class Run:
 
     def at(self, sigma: float) -> None:
         """A prediction at this sigma begins."""
-        self.sigma, self.step = sigma, step_of(sigma, self.sigmas)
+        self.sigma, self.place = sigma, place_of(sigma, self.sigmas)
 
     def call(self, forward: Forward) -> Call | None:
         """What a forward is to the run, or None where it is not part of the pair's own prediction.
@@ -362,6 +388,25 @@ class Run:
             Part(self.everyone),
             self.texts.get(uuids[own[0]]) if own else None,
         )
+
+
+def percent_of(sigma: float, sigma_of: Callable[[float], Any]) -> float:
+    """Where in the model's noise schedule a sigma lies, from 0 to 1: the last percent p with
+
+        sigma_of(p) >= sigma
+
+    to five decimals. sigma_of: descends, as the host's `percent_to_sigma` of every kind of model does.
+    """
+    low, high = 0.0, 1.0
+    if float(sigma_of(low)) < sigma:
+        return low
+    for _ in range(30):
+        middle = (low + high) / 2
+        if float(sigma_of(middle)) >= sigma * (1.0 - 1e-6):
+            low = middle
+        else:
+            high = middle
+    return round(low, 5)
 
 
 def run_of(options: dict) -> Run | None:

@@ -7,6 +7,7 @@ what the text encoder gave (some families pad, project or mask it first), so eac
 
 from __future__ import annotations
 
+import itertools
 import math
 import uuid
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention.edit import Edit
+from .control_nets import by_branch
 from .encode import encoded
 from .families import Family
 from .host import KEY
@@ -143,7 +145,10 @@ def _stacked(group: Sequence[dict], family: Family, network: Any) -> tuple[dict,
         name: _in_rows(name, [values[name] for values in given], axes.get(name), family.padding == "front")
         for name in given[0]
     }
-    return {**group[0], "model_conds": conds, "uuid": uuid.uuid4()}, texts
+    entry = {**group[0], "model_conds": conds, "uuid": uuid.uuid4()}
+    if entry.get("control") is not None:
+        entry["control"] = by_branch(entry["control"], texts, family)
+    return entry, texts
 
 
 def _in_rows(name: str, values: Sequence[Any], axis: int | None, front: bool) -> Any:
@@ -155,15 +160,24 @@ def _in_rows(name: str, values: Sequence[Any], axis: int | None, front: bool) ->
         return type(first)(max(contents))
     if axis is None and "mask" in name:
         axis = contents[0].ndim - 1
-    if all(isinstance(content, Tensor) and content.shape[0] == 1 for content in contents):
-        if axis is not None:
-            length = max(content.shape[axis] for content in contents)
-            contents = [_padded(content, axis, length, front) for content in contents]
-        if len({content.shape[1:] for content in contents}) == 1:
-            return type(first)(torch.cat(contents))
+    if axis is not None:
+        length = max(content.shape[axis] for content in contents)
+        contents = [_padded(content, axis, length, front) for content in contents]
+    images = all(isinstance(content, list) for content in contents)  # of reference, in each entry's order
+    parts = list(itertools.zip_longest(*contents)) if images else [tuple(contents)]
+    if all(_is_alike(part) for part in parts):
+        rows = [torch.cat(part) for part in parts]
+        return type(first)(rows if images else rows[0])
     raise ValueError(
         f"Source and targets were encoded into different shapes of {name}; use the same CLIP for all."
     )
+
+
+def _is_alike(values: Sequence[Any]) -> bool:
+    """Whether they are tensors of one row and the same shape."""
+    if not all(isinstance(value, Tensor) and value.shape[:1] == (1,) for value in values):
+        return False
+    return len({value.shape for value in values}) == 1
 
 
 def _padded(x: Tensor, axis: int, length: int, front: bool) -> Tensor:

@@ -19,9 +19,10 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "compatibility.md"
 INTRODUCTION = """\
 # Beside other nodes
 
-What this pack does next to other nodes. Every line is a test (`tests/host/test_compose*.py`) that runs
-ComfyUI's own node, or a small stand-in for a pack that patches models in the same way; this page is written
-from these tests by `python tests/compatibility.py`.
+What this pack does next to other nodes. Every line is a test (`tests/host/test_compose*.py`, and on tiny
+transformers with random weights `tests/host/test_transformers_beside.py`) that runs ComfyUI's own node, or a
+small stand-in for a pack that patches models in the same way; this page is written from these tests by
+`python tests/compatibility.py`.
 
 | column | a tick says that beside this node |
 | --- | --- |
@@ -38,19 +39,19 @@ Values that belong to the items of a batch (masks, ControlNet images, prompts of
 pair number 2 gets the second one on all of its branches. Only the controller's own positive is edited:
 negatives, other prompts on areas or masks, and extra passes of guidance nodes run untouched.
 
-ControlNets, T2I-Adapters, GLIGEN's boxes and inpainting images go on the negative of *Paired Sampler*; source
-and targets take them from there.
+ControlNets, T2I-Adapters, GLIGEN's boxes, inpainting and reference images and *FluxGuidance* go on the
+negative of *Paired Sampler*; source and targets take them from there.
 """
 
 
 def page() -> str:
     """The text of docs/compatibility.md."""
-    from p2p.tests.host.beside import ENTRIES, KINDS, LAWS
+    from p2p.tests.host.beside import ENTRIES, KINDS, LAWS, TRANSFORMERS
 
-    for name in ("", "_attention", "_runs"):
-        importlib.import_module(f"p2p.tests.host.test_compose{name}")
+    for name in ("compose", "compose_attention", "compose_runs", "transformers_beside"):
+        importlib.import_module(f"p2p.tests.host.test_{name}")
     parts = [INTRODUCTION]
-    for kind in KINDS:
+    for kind in (*KINDS, TRANSFORMERS):
         entries = sorted((e for e in ENTRIES.values() if e.kind == kind), key=lambda e: e.name.lower())
         parts.append(f"## {kind}\n")
         parts.append(f"| node or pack | tested with | {' | '.join(LAWS)} | note |")

@@ -24,7 +24,8 @@ INTERFACE = {
     "P2PTauScheduler": (
         "cross_start: FLOAT = 0.0, cross_end: FLOAT = 0.8, self_start: FLOAT = 0.0, self_end: FLOAT = 0.4, "
         "fade: FLOAT = 0.0, self_resolution: FLOAT = 0.5, words: STRING, "
-        "[self_mode: map | mutual | map in both halves], [mutual_layer: FLOAT = 0.63]",
+        "[self_mode: map | mutual | map in both halves], [mutual_layer: FLOAT = 0.63], "
+        "[measure: steps | percent]",
         "tau: P2P_TAU",
     ),
     "P2PTauSweep": (

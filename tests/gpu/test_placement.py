@@ -14,7 +14,7 @@ from edits import SOURCE, Variant
 from p2p.attention.blend import LocalBlend
 from p2p.attention.schedule import parse_word_windows
 from p2p.sampling.controller import plug_and_play
-from p2p.sampling.maps import coarse_layers
+from p2p.sampling.maps import shown_layers
 from p2p.sampling.network import layers_of
 from p2p.sampling.reuse import CACHE
 from p2p.sampling.trajectory import ModelIdentity, Trajectory
@@ -106,7 +106,7 @@ def allowed(lab, case):
     Maps of a step go to host memory when the next one has ended, once for each size of theirs.
     """
     layers = layers_of(lab.model.patcher.get_model_object("diffusion_model"))
-    maps = len({layer.scale for layer in coarse_layers(layers)})
+    maps = len({layer.scale for layer in shown_layers(layers)})
     return 1 + {"kept sources": 1, "maps": maps}.get(case, 0)
 
 

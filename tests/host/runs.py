@@ -179,6 +179,9 @@ class Studio:
         self.negative = self.encode("")
         self._plain: dict = {}
 
+    def empty(self, rows: int = 1, height: int = 8, width: int = 8) -> dict:
+        return empty(rows, height, width)
+
     def encode(self, text: str) -> list:
         return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))
 
@@ -195,11 +198,13 @@ class Studio:
         """An ordinary run of the host with one prompt."""
         if latent is not None or model is not None:
             return ksampler(
-                model or self.model, self.encode(text), self.negative, latent or empty(), settings
+                model or self.model, self.encode(text), self.negative, latent or self.empty(), settings
             )
         key = (text, *vars(replace(settings, advanced={})).values())[:-1]
         if key not in self._plain:
-            self._plain[key] = ksampler(self.model, self.encode(text), self.negative, empty(), settings)
+            self._plain[key] = ksampler(
+                self.model, self.encode(text), self.negative, self.empty(), settings
+            )
         return self._plain[key]
 
     def plain_batch(self, texts: list[str], settings: Settings, latent: dict, model: Any = None) -> Tensor:
@@ -223,7 +228,7 @@ class Studio:
         negative: list | None = None,
     ) -> tuple[Tensor, Tensor]:
         """A paired run: (sources, targets), through stock nodes or the Paired Sampler."""
-        model, latent = model or self.model, latent or empty()
+        model, latent = model or self.model, latent or self.empty()
         negative = negative or self.negative
         if way == "P2PSampler":
             source, targets, *_ = paired_sampler(model, edit, tau, negative, latent, settings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from p2p.tests.host.beside import NEIGHBOURS, Beside, Neighbour, by_paired_sampler, graphs, models, without
-from p2p.tests.host.runs import EMPTY, HOST_WARNINGS, SOURCE, TARGET, assert_close, difference
+from p2p.tests.host.runs import EMPTY, HOST_WARNINGS, SOURCE, assert_close, difference
 
 assert graphs and models  # they list the neighbours
 pytestmark = HOST_WARNINGS
@@ -37,22 +37,22 @@ def test_law_1_equal_prompts_give_equal_images(beside, neighbour: Neighbour):
 
 @beside_each("tau empty")
 def test_law_2_tau_empty_gives_plain_runs(beside, neighbour: Neighbour):
-    source, target = beside.paired(neighbour, (TARGET,), EMPTY)
+    source, target = beside.paired(neighbour, (neighbour.target,), EMPTY)
     assert_close(source, beside.plain(neighbour, SOURCE), neighbour.tolerance)
-    assert_close(target, beside.plain(neighbour, TARGET), neighbour.tolerance)
+    assert_close(target, beside.plain(neighbour, neighbour.target), neighbour.tolerance)
 
 
 @beside_each("source")
 def test_law_3_the_source_never_changes(beside, neighbour: Neighbour):
-    source, _ = beside.paired(neighbour, (TARGET,), EMPTY)
-    again, _ = beside.paired(neighbour, (TARGET,), neighbour.tau)
+    source, _ = beside.paired(neighbour, (neighbour.target,), EMPTY)
+    again, _ = beside.paired(neighbour, (neighbour.target,), neighbour.tau)
     assert torch.equal(again, source)
 
 
 @pytest.mark.parametrize("neighbour", NEIGHBOURS.values(), ids=NEIGHBOURS.keys())
 def test_the_edit_still_acts(beside, neighbour: Neighbour):
-    _, target = beside.paired(neighbour, (TARGET,), EMPTY)
-    _, edited = beside.paired(neighbour, (TARGET,), neighbour.tau)
+    _, target = beside.paired(neighbour, (neighbour.target,), EMPTY)
+    _, edited = beside.paired(neighbour, (neighbour.target,), neighbour.tau)
     assert difference(edited, target) > DIFFERENT
 
 
@@ -64,13 +64,13 @@ def test_the_other_node_still_acts(studio, beside, neighbour: Neighbour):
 @beside_each("order")
 def test_the_order_of_nodes_does_not_matter(beside, neighbour: Neighbour):
     before, after = (
-        beside.paired(neighbour, (TARGET,), neighbour.tau, order) for order in ("before", "after")
+        beside.paired(neighbour, (neighbour.target,), neighbour.tau, order) for order in ("before", "after")
     )
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 @beside_each("Paired Sampler")
 def test_the_paired_sampler_gives_the_same_pair(studio, beside, neighbour: Neighbour):
-    found = by_paired_sampler(studio, neighbour, studio.edit(SOURCE, TARGET), neighbour.tau)
-    expected = beside.paired(neighbour, (TARGET,), neighbour.tau)
+    found = by_paired_sampler(studio, neighbour, studio.edit(SOURCE, neighbour.target), neighbour.tau)
+    expected = beside.paired(neighbour, (neighbour.target,), neighbour.tau)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -6,13 +6,13 @@ import gc
 import weakref
 
 import comfy.ldm.modules.attention as host_attention
-import p2p.sampling.maps as sampling_maps
 import pytest
 import torch
 from p2p.attention.plan import cross_weights
 from p2p.attention.word_maps import nearest
 from p2p.nodes import AttentionController, PairedLatent, PairedSampler
 from p2p.nodes.maps import AttentionMaps
+from p2p.sampling import attentions
 from p2p.sampling.maps import MapsHandle
 from p2p.tests import naive
 from p2p.tests.host.runs import (
@@ -159,7 +159,7 @@ def test_maps_that_are_asked_for_after_a_run_without_them_are_those_of_that_run(
 
 
 def test_nobody_asks_nothing_is_read(studio, monkeypatch):
-    monkeypatch.setattr(sampling_maps, "token_maps", None)  # would raise if it were called
+    monkeypatch.setattr(attentions, "token_maps", None)  # would raise if it were called
     studio.paired(studio.edit(SOURCE, *TARGETS), PART)
 
 

@@ -7,9 +7,11 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from p2p.attention.alignment import MODES
+from p2p.nodes import PromptPair
 from p2p.nodes.page import BODY, CHARACTERS, FIELDS, alignment_data, answer
 from p2p.sampling.encode import start_edit
-from p2p.sampling.preview import preview
+from p2p.sampling.preview import KEPT, Readers, preview
+from p2p.tests.host.test_streams import MADE
 
 MESSY = [
     "a cat riding a bicycle",
@@ -35,6 +37,22 @@ def test_the_preview_is_what_the_node_finds(demo_model, source, target, mode):
     edit = start_edit(demo_model[1], source, target, mode)
     shown = alignment_data(*edit.prompts, edit.targets[0].alignment)
     assert asked(source=source, target=target, mode=mode) == shown
+
+
+@pytest.mark.parametrize("family", ["Flux", "SD3", "Qwen-Image", "Z-Image", "Lumina 2", "Wan", "HunyuanDiT"])
+def test_the_preview_reads_as_the_text_encoder_of_the_last_run_does(family):
+    source, target = "\u4e00\u53ea\u732b, a (big:1.2) cat", "\u4e00\u53ea\u72d7, a (small:0.5) cat"
+    ran = PromptPair.execute(MADE[family](), source, target, "auto").ui["alignment"][0]
+    shown = asked(source=source, target=target, encoder=ran["encoder"])
+    assert {**shown, "encoder": ran["encoder"]} == ran
+    assert ("plain text" in shown["description"]) == (family in ("Qwen-Image", "Z-Image"))
+
+
+def test_tokenizers_of_many_text_encoders_are_not_all_kept():
+    readers = Readers()
+    names = [readers.remember(MADE[family]()) for family in MADE]
+    assert len({*names}) > KEPT and len({id(readers.get(name)) for name in names}) == KEPT + 1
+    assert [word.text for word in preview("a cat", "a dog", "auto", "no such")[0].words] == ["a", "cat"]
 
 
 @pytest.mark.parametrize("host", ["this", "later"])

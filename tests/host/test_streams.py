@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import io
-from functools import cache
+from functools import cache, partial
+from importlib.util import find_spec
 
 import comfy.text_encoders.aura_t5
 import comfy.text_encoders.cosmos
@@ -42,11 +44,16 @@ class Encoder:
         return (*given, {"attention_mask": torch.ones(1, length)}) if self.masked else given
 
 
-class Llama(Encoder):
-    """One that gives the features of all layers."""
+class Layers(Encoder):
+    """One that gives the features of several layers."""
+
+    def __init__(self, layers, width=8):
+        super().__init__(width)
+        self.layers = layers
 
     def encode_token_weights(self, chunks):
-        return torch.zeros(1, 4, sum(map(len, chunks)), 8), None, {}
+        features, pooled, *_ = super().encode_token_weights(chunks)
+        return features[:, None].expand(-1, self.layers, -1, -1), pooled, {}
 
 
 class Clip:
@@ -71,7 +78,7 @@ class Clip:
 def spiece():
     """A small vocabulary of the kind that text encoders' files bring along (Gemma, UMT5, mT5)."""
     model = io.BytesIO()
-    text = [PROBE, "a photo of a red dog, in the snow", "Big cats and lions on a mat."]
+    text = [PROBE, "a photo of a red dog, in the snow", "Big cats and lions on a mat.", *["cat mat dog"] * 3]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(text * 20),
         model_writer=model,
@@ -118,9 +125,52 @@ MADE = {
     "Wan": lambda: one(te.wan.WanT5Tokenizer(tokenizer_data={"spiece_model": spiece()}), "umt5xxl"),
     "HunyuanDiT": hydit,
 }
+if hasattr(te.flux, "KleinTokenizer"):
+    MADE["Flux.2 Klein"] = lambda: Clip(te.flux.KleinTokenizer(), te.flux.Flux2TEModel, qwen3_4b=Layers(3))
+NEWER = {
+    "Anima": ("anima", "AnimaTokenizer", "AnimaTEModel", {"qwen3_06b": lambda: Encoder(masked=True)}),
+    "Ovis-Image": ("ovis", "OvisTokenizer", "OvisTEModel", {"qwen3_2b": Encoder}),
+    "Kandinsky 5 Image": (
+        "kandinsky5",
+        "Kandinsky5TokenizerImage",
+        "Kandinsky5TEModel",
+        {"qwen25_7b": lambda: Encoder(masked=True), "clip_l": Encoder},
+    ),
+    "Krea 2": ("krea2", "Krea2Tokenizer", "Krea2TEModel", {"qwen3vl_4b": lambda: Layers(2)}),
+    "Ideogram 4": ("ideogram4", "Ideogram4Tokenizer", "Ideogram4TEModel", {"qwen3vl_8b": lambda: Layers(2)}),
+    "JoyImage": (
+        "joyimage",
+        "JoyImageTokenizer",
+        "JoyImageTEModel",
+        {"qwen3vl_8b": lambda: Encoder(masked=True)},
+    ),
+    "Mage-Flow": (
+        "mage_flow",
+        "MageFlowTokenizer",
+        "MageFlowTEModel",
+        {"qwen3vl_4b": lambda: Encoder(masked=True)},
+    ),
+    "Boogu": ("boogu", "BooguTokenizer", "BooguTEModel", {"qwen3vl_8b": lambda: Encoder(masked=True)}),
+}
+"""Of later hosts: module, tokenizer, text encoder, and what gives its features."""
+
+
+def newer(name):
+    module, tokenizer, model, encoders = NEWER[name]
+    found = importlib.import_module(f"comfy.text_encoders.{module}")
+    made = {key: make() for key, make in encoders.items()}
+    return Clip(getattr(found, tokenizer)(), getattr(found, model), **made)
+
+
+MADE |= {
+    name: partial(newer, name)
+    for name, (module, *_) in NEWER.items()
+    if find_spec(f"comfy.text_encoders.{module}")
+}
 FIRST = {"Qwen-Image": 0, "Z-Image": 3, "OmniGen2": 23, "Lumina 2": 1, "HunyuanDiT": 1, "SD3": 1}
 """Where a prompt's first token lies, if not at 0: behind the kept part of a template, or a start token."""
-FIRST["SD3 without T5"] = 1
+FIRST |= {"SD3 without T5": 1, "Flux.2 Klein": 3, "Ovis-Image": 1, "Ideogram 4": 3, "JoyImage": 2}
+FIRST["Boogu"] = 29
 READS_CHINESE = ("AuraFlow", "Qwen-Image", "Z-Image", "OmniGen2", "Lumina 2", "Wan")
 every_family = pytest.mark.parametrize("family", MADE)
 
@@ -142,6 +192,9 @@ def words_of(family, text):
 def test_the_length_is_that_of_the_features(family):
     prompt = read(family, "a red cat on a mat")
     features, more = prompt.conditioning[0]
+    if family == "Anima":  # its network writes the features to the tokens of T5
+        assert prompt.length == 512
+        return
     assert prompt.length == features.shape[1] + more.get("conditioning_mt5xl", features[:, :0]).shape[1]
     assert [chunk.begin for chunk in prompt.chunks[1:]] == [chunk.stop for chunk in prompt.chunks[:-1]]
 
@@ -261,7 +314,7 @@ def test_features_padded_at_the_front_move_the_words_behind_the_padding():
 
 
 def test_hidream_has_three_parts_or_says_why_it_cannot_be_read():
-    encoders = {"clip_l": Encoder(), "clip_g": Encoder(), "t5xxl": Encoder(), "llama": Llama()}
+    encoders = {"clip_l": Encoder(), "clip_g": Encoder(), "t5xxl": Encoder(), "llama": Layers(4)}
     clip = Clip(te.hidream.HiDreamTokenizer(), te.hidream.HiDreamTEModel, **encoders)
     if (
         clip.tokenizer.llama.tokenizer.decode(clip.tokenizer.llama.tokenizer("a cat")["input_ids"][1:])

@@ -24,7 +24,6 @@ from p2p.sampling.encode import EncodedPrompt
 from p2p.sampling.families import family_of
 from p2p.sampling.host import KEY
 from p2p.sampling.invert import invert
-from p2p.sampling.maps import MapsHandle
 from p2p.sampling.overrides import OVERRIDE, standing_in
 from p2p.sampling.reuse import Keep, SourceCache
 from p2p.sampling.sampler import sample_pairs
@@ -451,13 +450,6 @@ def test_z_image_wants_prompts_that_it_fills_up_to_the_same_length(model_of):
 
 def test_what_only_u_nets_have_is_an_error_before_sampling(model_of):
     pair = pair_of("Flux", model_of("Flux"))
-    blend = LocalBlend(words=("x1",))
-    for options, name in (
-        ({"blend": blend}, "Local Blend by words"),
-        ({"maps": MapsHandle(wanted=True)}, "Attention Maps"),
-    ):
-        with pytest.raises(ValueError, match=f"{name}.*transformers.*Flux"):
-            control(pair.model, pair.edit, FULL, **options)
     with pytest.raises(ValueError, match="Plug-and-Play.*Flux is a transformer.*mutual"):
         plug_and_play(pair.model, pair.edit, 0.5, 0.5)
     with pytest.raises(ValueError, match="Invert Image.*transformers.*Flux"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import comfy.model_patcher
@@ -498,12 +498,16 @@ TINY = {
     and ("yak_mlp" not in tiny.layout or "yak_mlp" in FluxParams.__dataclass_fields__)
 }
 """Those that the running host has."""
+KNOWN = TINY | {
+    "Flux Fill": replace(ALL["Flux"], config="FluxInpaint", layout=FLUX | {"in_channels": 96}),
+}
+"""And those of the same families that take something beside."""
 
 
-def build(name: str, seed: int = 0) -> comfy.model_patcher.ModelPatcher:
-    """The network of a family, with random weights, as a MODEL."""
-    tiny = TINY[name]
-    made = getattr(comfy.supported_models, tiny.config)(tiny.layout)
+def build(name: str, seed: int = 0, **layout: Any) -> comfy.model_patcher.ModelPatcher:
+    """The network of a family, with random weights, as a MODEL. layout: what differs from `KNOWN`'s."""
+    tiny = KNOWN[name]
+    made = getattr(comfy.supported_models, tiny.config)(tiny.layout | layout)
     made.unet_config |= tiny.forced
     made.set_inference_dtype(torch.float32, None)
     cpu = torch.device("cpu")
@@ -544,7 +548,7 @@ def randomize(network: torch.nn.Module, generator: torch.Generator, gain: float)
 
 def conditioning(name: str, seed: int, longer: int = 0) -> list:
     """A prompt's CONDITIONING of random features. longer: more tokens, where prompts can differ in it."""
-    tiny = TINY[name]
+    tiny = KNOWN[name]
     generator = torch.Generator().manual_seed(seed)
     tokens = tiny.tokens + (0 if tiny.fixed else longer)
     features = torch.randn(1, tokens, tiny.width, generator=generator)
@@ -553,7 +557,7 @@ def conditioning(name: str, seed: int, longer: int = 0) -> list:
 
 def latent(name: str, batch: int = 1, seed: int = 0) -> Tensor:
     """Noise in the shape of the family's latents, the same in each row."""
-    noise = torch.randn(1, *TINY[name].latent, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(1, *KNOWN[name].latent, generator=torch.Generator().manual_seed(seed))
     return noise.repeat(batch, *[1] * (noise.ndim - 1))
 
 

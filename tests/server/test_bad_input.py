@@ -245,8 +245,8 @@ def test_labels_that_do_not_fit_the_images_name_both_numbers(server):
 )
 def test_an_unsupported_model_is_named_with_what_is_supported(server, graph, user):
     graph = changed(graph, user, model=["other", 0])
-    graph["other"] = node("TestJointAttentionModel")
-    assert_says(run_error(server, graph), "MMDIT", "SD1", "SDXL")
+    graph["other"] = node("TestCascadeModel")
+    assert_says(run_error(server, graph), "StageC", "SD1", "SDXL", "Flux")
 
 
 @pytest.mark.parametrize("prompt", ["source", "target"])

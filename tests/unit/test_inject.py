@@ -12,7 +12,7 @@ from p2p.attention.alignment import MODES
 from p2p.attention.edit import Edit, Source
 from p2p.attention.inject import Rows, cross_attention, paired_rows, self_attention, self_step
 from p2p.attention.plan import Repeated, conditioning_length, cross_weights, make_plan
-from p2p.attention.schedule import TauSchedule, Window
+from p2p.attention.schedule import TauSchedule, Window, in_steps
 from p2p.tests import naive
 from p2p.tests.prompts import prompt_of
 
@@ -120,7 +120,7 @@ def expected_cross(edit, tau, progress, q, own, offset, pairs):
 def injected(edit, tau, step, steps, q, k, v, offset, pairs, length, copies=1):
     """What the pack computes, from a plan made in fp64 for conditionings of `length` tokens."""
     rows = paired_rows(q.shape[0], range(len(edit.targets)), [offset], pairs * edit.branches, q.device)
-    cross = make_plan(edit, tau, steps, Repeated(edit, length)).cross[step]
+    cross = make_plan(edit, tau, in_steps(steps), Repeated(edit, length)).cross[step]
     if cross is None:
         return attend(q, k, v)
     step = cross.to(q.device, q.dtype).by_row(rows.branch)
@@ -359,7 +359,8 @@ def example(dtype=torch.float64, fade=0.5, gain=-0.5):
     edit = make_edit("a cat on a mat", "a big dog on a mat", gains=[("big", gain)])
     q, k, v = tensors(4, WINDOW, dtype=dtype)
     rows = paired_rows(4, range(1), [2], 2, q.device)
-    step = make_plan(edit, TauSchedule(cross=Window(0, 0.5), fade=fade), 1, Repeated(edit, WINDOW)).cross[0]
+    tau = TauSchedule(cross=Window(0, 0.5), fade=fade)
+    step = make_plan(edit, tau, in_steps(1), Repeated(edit, WINDOW)).cross[0]
     return q, k, v, rows, step.to(q.device, dtype).by_row(rows.branch)
 
 
@@ -376,7 +377,7 @@ def test_what_sat_in_the_slot_before_is_called_once_with_the_whole_batch(fade):
 
 def test_one_attention_call_is_enough_where_the_target_keeps_nothing_of_its_own():
     edit = make_edit("a cat", "a dog")
-    step = make_plan(edit, FULL, 1, Repeated(edit, WINDOW)).cross[0]
+    step = make_plan(edit, FULL, in_steps(1), Repeated(edit, WINDOW)).cross[0]
     previous, own = Calls(), Calls()
     q, k, v = tensors(2, WINDOW)
     rows = paired_rows(2, range(1), [0], 2, q.device)
@@ -426,8 +427,9 @@ def test_re_weighting_alone_needs_no_source_map_where_every_word_is_new(scale):
 
 def test_a_step_outside_every_window_leaves_attention_alone():
     edit = make_edit("a cat", "a dog", gains=[("dog", -2.0)])
-    plan = make_plan(edit, TauSchedule(Window(0.2, 0.5), Window(0.1, 0.3)), 10, Repeated(edit, WINDOW))
-    assert [step is not None for step in plan.cross] == [False] * 2 + [True] * 3 + [False] * 5
+    tau = TauSchedule(Window(0.2, 0.5), Window(0.1, 0.3))
+    plan = make_plan(edit, tau, in_steps(10), Repeated(edit, WINDOW))
+    assert [step is not None for step in plan.cross] == [False] * 2 + [True] * 3 + [False] * 6
 
 
 def test_a_conditioning_shorter_than_the_prompts_is_refused_with_both_numbers():
@@ -437,7 +439,8 @@ def test_a_conditioning_shorter_than_the_prompts_is_refused_with_both_numbers():
 
 def test_a_step_has_the_dtype_that_attention_runs_in():
     edit = make_edit("a cat", "a big cat", gains=[("big", 2.0)])
-    step = make_plan(edit, FULL, 1, Repeated(edit, WINDOW)).cross[0].to(torch.device("cpu"), torch.bfloat16)
+    step = make_plan(edit, FULL, in_steps(1), Repeated(edit, WINDOW)).cross[0]
+    step = step.to(torch.device("cpu"), torch.bfloat16)
     assert step.unscaled.own.dtype == step.weight.dtype == torch.bfloat16
     assert step.moved.dtype == step.own.dtype == torch.bfloat16
 

@@ -15,13 +15,17 @@ from p2p.attention.joint import (
     Tokens,
     WordStep,
     columns_of,
-    groups_of,
+    cross_terms,
     image_attention,
-    joint_maps,
+    image_terms,
     mutual_attention,
+    mutual_terms,
+    own_terms,
+    read_maps,
     word_attention,
+    word_terms,
 )
-from p2p.attention.maps import MapStep, map_rows
+from p2p.attention.taken import CrossStep
 from p2p.tests import naive
 
 HEADS, WIDTH, IMAGE = 2, 6, 7
@@ -166,6 +170,9 @@ class Batch:
 
     def options(self):
         return {"tokens": self.tokens, "rows": self.rows, "heads": HEADS, "columns": self.columns}
+
+    def reads(self):
+        return {"tokens": self.tokens, "rows": self.rows, "heads": HEADS}
 
     def tables(self, seed=1):
         """One M, share and gain for each target of one pair, over the text's tokens with padding."""
@@ -501,51 +508,125 @@ def test_a_mask_goes_with_its_rows_queries_and_columns(shape, method, lengths):
         torch.testing.assert_close(out[row], expected[row], **EXACT)
 
 
+def terms_of(batch, method, weights, mapping, share):
+    """The terms of one method, and the naive formula of the columns that they make."""
+    options = {"tokens": batch.tokens, "rows": batch.rows, "columns": batch.columns}
+    if method == "own":
+        return own_terms(batch.call, batch.columns), lambda source, own, row: formula(
+            naive.joint_image, source, own, 0.0
+        )
+    if method in METHODS:
+        make_terms = {"image": image_terms, "mutual": mutual_terms}[method]
+        terms = make_terms(batch.call, weight=of_rows(batch, weights), **options)
+
+        def image(source, own, row):
+            weight = 1.0 if weights is None else float(weights[batch.branch(row) - 1])
+            return formula(METHODS[method][1], source, own, weight)
+
+        return terms, image
+    moved, kept = mapping * share[:, None, :], None if method == "all words" else 1 - share
+    weight = torch.ones(batch.targets).double() if weights is None else weights
+    step = WordStep(*(of_rows(batch, table) for table in (moved, kept, weight)))
+
+    def words(source, own, row):
+        n, columns = batch.branch(row) - 1, batch.columns_index(row)
+        part = mapping[n][batch.columns_index(row - n - 1)][:, columns]
+        return formula(naive.joint_words, source, own, part, share[n][columns], float(weight[n]))
+
+    return word_terms(batch.call, step=step, **options), words
+
+
+def formula(method, source, own, *given):
+    """The text's columns of the map that a naive formula builds, by one-hot values: (n, t)."""
+    text = len(own.text.k)
+
+    def shown(row):
+        values = [torch.zeros(len(part.k), text, dtype=torch.float64) for part in row]
+        values[0] = torch.eye(len(row.text.k), text, dtype=torch.float64)
+        return naive.Joint(*(part._replace(v=v) for part, v in zip(row, values, strict=True)))
+
+    gain = torch.ones(sum(len(part.k) for part in own), dtype=torch.float64)
+    return method(shown(source), shown(own), *given, gain).image.v
+
+
 @everywhere
-@pytest.mark.parametrize("method", ["own", "image", "words", "words and own"])
+@pytest.mark.parametrize("method", ["own", *METHODS, "words", "all words"])
+@pytest.mark.parametrize("faded", [False, True])
 @pytest.mark.parametrize(("lengths", "at"), [("equal", "end"), ("longer target", "front")])
-def test_word_maps_equal_columns_of_the_materialised_map(order, layout, method, lengths, at):
+def test_read_maps_are_columns_of_the_materialised_map(order, layout, method, faded, lengths, at):
     batch = make(order, layout, targets=2, uncond=1, lengths=lengths, at=at)
-    read = map_rows([0, 1, 2], [1], 3, batch.call.q.device)
-    t = batch.parts * (batch.text[0].stop - batch.text[0].start)
-    wanted = torch.zeros(3, t, WIDTH + 2, dtype=torch.float64)  # more columns than a head's width
-    for n in range(3):
-        for w, token in enumerate(batch.columns_index(1 + n)[: WIDTH + 2]):
-            wanted[n, token, w] = 1
     mapping, share, _ = batch.tables()
-    zero, one = torch.zeros(1, t, t).double(), torch.eye(t, dtype=torch.float64)[None]
-    columns, own_share = wanted, torch.zeros_like(share)
-    step = MapStep(wanted, None, shared=method == "image")
-    if method.startswith("words"):
-        moved = torch.cat([one, mapping * share[:, None, :]])
-        second = torch.cat([zero[..., 0, :, None].expand(1, t, t)[:, :, :1], (1 - share)[..., None]]) * wanted
-        step = MapStep(torch.bmm(moved, columns), second if "own" in method else None, shared=True)
-        own_share = 1 - share if "own" in method else own_share
-    kept = batch.kept[1:]
-    origin = groups_of([kept[0]] * 3, batch.length, wanted.device)
-    own = groups_of(kept, batch.length, wanted.device)
-    found = joint_maps(
-        batch.layout.attend,
-        batch.call,
-        tokens=batch.tokens,
-        rows=read,
-        heads=HEADS,
-        step=step,
-        own_text=method == "image",
-        columns=(own if method in ("own", "image") else origin, own),
+    share = torch.ones_like(share) if method == "all words" else share
+    terms, columns = terms_of(batch, method, FADED[:2] if faded else None, mapping, share)
+    wanted = torch.zeros(2, len(share[0]), WIDTH + 2, dtype=torch.float64)  # more than a head's width
+    for n in range(2):
+        for w, token in enumerate(batch.columns_index(2 + n)[: WIDTH + 2]):
+            wanted[n, token, w] = 1
+    options = {"queries": (batch.tokens.image,), "wanted": wanted, **batch.reads()}
+    found = read_maps(batch.layout.attend, terms, **options)
+    for n, row in enumerate(batch.rows.target.tolist()):
+        maps = [columns(batch.joint(1, head), batch.joint(row, head), row) for head in range(HEADS)]
+        expected = sum(maps) / HEADS @ wanted[n][batch.columns_index(row)]
+        torch.testing.assert_close(found[n].double(), expected, rtol=0, atol=1e-6)
+
+
+@everywhere
+@pytest.mark.parametrize("method", ["own", *METHODS])
+@pytest.mark.parametrize(("lengths", "at"), [("equal", "end"), ("longer target", "front")])
+def test_words_and_the_rest_of_a_row_have_all_of_its_attention(order, layout, method, lengths, at):
+    """One column of all tokens, padding included, which has no share."""
+    batch = make(order, layout, targets=2, uncond=1, lengths=lengths, at=at)
+    terms, _ = terms_of(batch, method, FADED[:2], *batch.tables()[:2])
+    everything = Tokens((slice(0, batch.length),), batch.tokens.image)
+    options = batch.reads() | {"tokens": everything}
+    wanted = torch.ones(2, batch.length, 1)
+    found = read_maps(batch.layout.attend, terms, queries=(everything.image,), wanted=wanted, **options)
+    torch.testing.assert_close(found, torch.ones_like(found))
+
+
+@pytest.mark.parametrize("lengths", UNEQUAL)
+@pytest.mark.parametrize("kept", [False, True])
+def test_read_maps_of_cross_attention_are_columns_of_the_materialised_map(lengths, kept):
+    """Queries of the image, keys of the text alone."""
+    batch = make("text first", "heads an axis", targets=2, uncond=1, lengths=lengths)
+    text, image = batch.tokens.text, (batch.tokens.image,)
+    call = batch.call.keys(text).queries(image)
+    columns = columns_of(
+        [spans[:1] for spans in batch.kept],
+        batch.rows.origin.tolist(),
+        batch.rows.target.tolist(),
+        text[0].stop,
+        call.q.device,
     )
-    for branch in range(3):
-        row = 1 + branch
-        expected = torch.zeros(IMAGE, t, dtype=torch.float64)
+    mapping, share, _ = batch.tables()
+    share = share if kept else torch.ones_like(share)
+    moved, own = mapping * share[:, None, :], 1 - share if kept else None
+    step = CrossStep(of_rows(batch, moved), of_rows(batch, own), of_rows(batch, FADED[:2]))
+    terms = cross_terms(call, rows=batch.rows, step=step, columns=columns)
+    wanted = torch.eye(text[0].stop, dtype=torch.float64).repeat(2, 1, 1)
+    found = read_maps(batch.layout.attend, terms, wanted=wanted, **batch.reads())
+    for n, row in enumerate(batch.rows.target.tolist()):
+        source, target = batch.columns_index(row - n - 1), batch.columns_index(row)
+        expected = torch.zeros(IMAGE, len(target), dtype=torch.float64)
         for head in range(HEADS):
-            source, mine = batch.joint(1, head), batch.joint(row, head)
-            image = (source if method == "image" else mine).image
-            text = len(mine.text.k)
-            map_ = naive.joint_map(image.q, mine.text.k, image.k, mine.other.k)[:, :text]
-            if method.startswith("words") and branch:
-                n, columns_ = branch - 1, batch.columns_index(row)
-                moved = (mapping * share[:, None, :])[n][batch.columns_index(1)][:, columns_]
-                taken = naive.joint_map(source.image.q, source.text.k, source.image.k, mine.other.k)
-                map_ = taken[:, : len(source.text.k)] @ moved + own_share[n][columns_] * map_
-            expected[:, batch.columns_index(row)] += map_ / HEADS
-        torch.testing.assert_close(found[branch].double(), expected @ wanted[branch], rtol=0, atol=1e-6)
+            taken, mine = (
+                naive.joint_map(part.image.q, part.text.k)
+                for part in (batch.joint(row - n - 1, head), batch.joint(row, head))
+            )
+            expected += (taken @ moved[n][source][:, target] + (1 - share)[n][target] * mine) / HEADS
+        torch.testing.assert_close(found[n][:, target].double(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("method", "terms"), [("own", 1), ("image", 1), ("words", 2), ("all words", 1)])
+@pytest.mark.parametrize("words", [1, WIDTH, WIDTH + 1])
+def test_what_reading_maps_costs(method, terms, words):
+    """A call for each term and as many columns as a head is wide, of the targets' image queries alone."""
+    batch = make("text first", "heads side by side", targets=1, uncond=2)
+    mapping, share, _ = batch.tables()
+    share = torch.ones_like(share) if method == "all words" else share
+    made, _ = terms_of(batch, method, None, mapping, share)
+    calls = Calls(batch.layout.attend)
+    wanted = torch.ones(1, TEXT, words, dtype=torch.float64)
+    options = {"queries": (batch.tokens.image,), "wanted": wanted, **batch.reads()}
+    read_maps(calls, made, **options)
+    assert calls.sizes == [(1, IMAGE, TEXT + IMAGE)] * (terms * (2 if words > WIDTH else 1))

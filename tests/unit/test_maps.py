@@ -7,7 +7,7 @@ import torch
 from p2p.attention.inject import paired_rows
 from p2p.attention.maps import map_rows, map_step, token_columns, token_maps
 from p2p.attention.plan import Repeated, conditioning_length, cross_weights, make_plan
-from p2p.attention.schedule import TauSchedule, Window
+from p2p.attention.schedule import TauSchedule, Window, in_steps
 from p2p.tests import naive
 from p2p.tests.unit.test_inject import HEADS, PIXELS, attend, make_edit, paired_keys, tensors
 
@@ -18,8 +18,8 @@ FADED = TauSchedule(cross=Window(0, 0.5), fade=0.5, words=(("big", Window(0, 0.2
 def read(edit, tau, step, q, k, pairs, copies, offset, group=None):
     """The pack's maps of all words' tokens, for the pair's rows from `offset` on: (rows, n, W)."""
     length = conditioning_length(edit)
-    cross = make_plan(edit, tau, 10, Repeated(edit, length)).cross[step]
-    columns = token_columns(edit, edit.tokens, length)
+    cross = make_plan(edit, tau, in_steps(10), Repeated(edit, length)).cross[step]
+    columns = token_columns(Repeated(edit, length), edit.tokens)
     branches = [0, *(target + 1 for target in (group or range(len(edit.targets))))]
     rows = map_rows(branches, [offset], pairs * len(branches), q.device)
     return token_maps(attend, q, k, heads=HEADS, rows=rows, step=map_step(columns, cross), copies=copies)
@@ -93,7 +93,7 @@ def test_a_group_of_the_targets_is_read_under_its_own_numbers():
 def test_reading_maps_asks_for_no_more_than_the_words_are_wide():
     """The cost is a narrow attention call: the columns are as many as the tokens that are wanted."""
     edit = make_edit("a cat on a mat", "a dog on a mat")
-    columns = token_columns(edit, ((2,), (2,)), 16)
+    columns = token_columns(Repeated(edit, 16), ((2,), (2,)))
     assert columns.shape == (2, 16, 1) and columns.sum() == 2.0
 
 
@@ -117,6 +117,6 @@ def test_maps_are_read_with_values_of_a_heads_width_however_many_words_there_are
     rows = map_rows([0, 1], [0], 2, q.device)
     for words in (1, 3, 12):
         wanted = (edit.tokens[0][:words], edit.tokens[1][:words])
-        columns = token_columns(edit, wanted, edit.source.prompt.length)
+        columns = token_columns(Repeated(edit, edit.source.prompt.length), wanted)
         token_maps(watching, q, k, heads=HEADS, rows=rows, step=map_step(columns, None))
     assert len(set(widths)) == 1 and len(set(widths[0])) == 1 and len(widths) > 3

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from p2p.attention.edit import Edit, Source
 from p2p.attention.plan import check_words, cross_weights
 from p2p.attention.prompt import WordNotFound
-from p2p.attention.schedule import TauSchedule, Window, parse_word_windows, step_of
+from p2p.attention.schedule import TauSchedule, Window, in_steps, parse_word_windows, place_of, step_of
 from p2p.tests.prompts import prompt_of
 
 hundredths = st.integers(0, 100).map(lambda n: n / 100)
@@ -282,6 +282,12 @@ def test_a_part_of_a_run_counts_its_own_steps():
     """KSamplerAdvanced from step 3 to 6: progress is the place in the list that the sampler was given."""
     part = KARRAS[3:7]
     assert [step_of(sigma, part) for sigma in part[:-1]] == [0, 1, 2]
+
+
+def test_a_call_where_noise_is_left_is_at_the_end_of_the_run():
+    """The second call of the last step of heun."""
+    assert place_of(0.3, KARRAS[:7]) == 6 and place_of(0.0, KARRAS) == 8
+    assert in_steps(4)("steps") == [0.0, 0.25, 0.5, 0.75, 0.75]
 
 
 def test_a_list_that_does_not_end_at_zero_has_its_last_step_before_the_last_entry():

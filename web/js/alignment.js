@@ -309,7 +309,7 @@ function attach(node) {
   function update(values, current) {
     clearTimeout(timer);
     request?.abort();
-    const { run, ...written } = values;
+    const { run, encoder, ...written } = values;
     if (Object.values(written).includes(undefined)) {
       if (run) picture.show(runs.get(current).data);
       else picture.clear(text("after_run"));
@@ -322,7 +322,7 @@ function attach(node) {
     timer = setTimeout(async () => {
       const asked = (request = new AbortController());
       try {
-        const data = await ask(written, asked.signal);
+        const data = await ask({ ...written, encoder }, asked.signal);
         if (!asked.signal.aborted) picture.show(data);
       } catch (error) {
         if (!asked.signal.aborted) picture.clear(error.message, "error");
@@ -331,7 +331,11 @@ function attach(node) {
   }
 
   textsLoaded.then(() => redraw(element));
-  follow(node, element, (current) => ({ ...prompts(current), run: runs.get(current)?.count }), update);
+  const watched = (current) => {
+    const { count, data } = runs.get(current) ?? {};
+    return { ...prompts(current), run: count, encoder: data?.encoder };
+  };
+  follow(node, element, watched, update);
 
   const { onExecuted } = node;
   node.onExecuted = function (message) {

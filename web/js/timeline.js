@@ -29,6 +29,7 @@ function read(node) {
   const values = Object.fromEntries(FRACTIONS.map((name) => [name, Number(widget(node, name)?.value)]));
   values.words = String(widget(node, "words")?.value ?? "");
   values.self_mode = widget(node, "self_mode")?.value;
+  values.measure = widget(node, "measure")?.value;
   values.linked = [...FRACTIONS, "words"].filter((name) => isLinked(node, name));
   return values;
 }
@@ -88,7 +89,7 @@ class Timeline {
       ? text("wrong", { name: wrong.name })
       : unread ? text("unread", { line: unread.trim() })
       : this.values.linked.length ? text("linked", { names: this.values.linked.join(", ") })
-      : text("run");
+      : this.values.measure === "percent" ? text("run.percent") : text("run");
     this.status.textContent = message;
     this.status.dataset.kind = wrong || unread ? "error" : "";
   }

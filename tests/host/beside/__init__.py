@@ -16,10 +16,11 @@ import torch
 from p2p.attention.edit import Edit
 from p2p.attention.schedule import TauSchedule
 from p2p.nodes import AttentionController
-from p2p.tests.host.runs import PART, SOURCE, Settings, Studio, empty, ksampler, paired_sampler
+from p2p.tests.host.runs import PART, SOURCE, TARGET, Settings, Studio, ksampler, paired_sampler
 from torch import Tensor
 
 KINDS = ("Weights", "Guidance", "Attention and features", "Conditioning", "Control", "Latents", "Runs")
+TRANSFORMERS = "On transformers"
 LAWS = ("same prompt", "tau empty", "source", "acts", "order", "Paired Sampler")
 """What can hold beside another node, as columns of docs/compatibility.md."""
 
@@ -48,12 +49,12 @@ class Entry:
     error: bool = False
 
 
-ENTRIES: dict[str, Entry] = {}
+ENTRIES: dict[tuple[str, str], Entry] = {}
 
 
 def list_entry(entry: Entry) -> None:
-    assert entry.kind in KINDS and set(entry.holds) <= set(LAWS)
-    ENTRIES[entry.name] = entry
+    assert entry.kind in (*KINDS, TRANSFORMERS) and set(entry.holds) <= set(LAWS)
+    ENTRIES[entry.kind, entry.name] = entry
 
 
 def works(kind: str, name: str, origin: str = "ComfyUI", **fields: Any) -> Any:
@@ -79,7 +80,8 @@ class Neighbour:
     model: changes the MODEL, before or after the controller. positive: changes the controller's CONDITIONING,
     or a plain run's; negative likewise. latent: changes the LATENT before it is paired. sample: the sampler
     node. seeded: the node draws random numbers of its own. shared: what Paired Sampler's negative is given in
-    place of `positive` or `sample`, for the pairs take it from there.
+    place of `positive` or `sample`, for the pairs take it from there. target: the target's prompt.
+    families: of transformers (`transformers.TINY`) that it stands beside, in place of the bundled model.
     fails: laws that do not hold, with the reason. acts: False where the node only must do no harm.
     """
 
@@ -95,6 +97,8 @@ class Neighbour:
     sample: Callable[[Studio, Any, list, list, dict, Settings], Tensor] | None = None
     settings: Settings = Settings(steps=3)
     size: tuple[int, int, int] = (1, 8, 8)
+    target: str = TARGET
+    families: tuple[str, ...] = ()
     seeded: bool = False
     shared: Change | None = None
     tau: TauSchedule = PART
@@ -104,7 +108,8 @@ class Neighbour:
 
     @property
     def fits_paired_sampler(self) -> bool:
-        return self.shared is not None or not (self.positive or self.sample or self.settings.advanced)
+        given = self.positive and not self.negative  # what both have, the pair takes from its negative
+        return self.shared is not None or not (given or self.sample or self.settings.advanced)
 
     @property
     def entry(self) -> Entry:
@@ -115,16 +120,20 @@ class Neighbour:
         }
         holds = tuple(law for law in LAWS if possible.get(law, True) and law not in self.fails)
         note = " ".join(filter(None, (self.note, *self.fails.values())))
-        return Entry(self.kind, self.line or self.name, self.origin, holds, tuple(self.fails), note)
+        origin = ", on ".join(filter(None, (self.origin, ", ".join(self.families))))
+        return Entry(self.kind, self.line or self.name, origin, holds, tuple(self.fails), note)
 
 
 NEIGHBOURS: dict[str, Neighbour] = {}
+"""By name, beside the bundled model."""
+OF_TRANSFORMERS: dict[str, Neighbour] = {}
 
 
 def add(kind: str, name: str, **fields: Any) -> None:
     """List a neighbour; fields as in `Neighbour`."""
-    NEIGHBOURS[name] = Neighbour(kind, name, **fields)
-    list_entry(NEIGHBOURS[name].entry)
+    neighbour = Neighbour(kind, name, **fields)
+    (OF_TRANSFORMERS if neighbour.families else NEIGHBOURS)[name] = neighbour
+    list_entry(neighbour.entry)
 
 
 def stock(module: str, name: str, **inputs: Any) -> Any:
@@ -134,7 +143,10 @@ def stock(module: str, name: str, **inputs: Any) -> Any:
 
 
 def stock_outputs(module: str, name: str, **inputs: Any) -> tuple:
-    found = getattr(import_module(module), name, None)
+    try:
+        found = getattr(import_module(module), name, None)
+    except ModuleNotFoundError:
+        found = None
     if found is None:
         pytest.skip(f"This ComfyUI has no {name}.")
     function = found.execute if hasattr(found, "define_schema") else getattr(found(), found.FUNCTION)
@@ -148,7 +160,7 @@ def model_node(module: str, name: str, **inputs: Any) -> Change:
 
 
 def latent_of(studio: Studio, neighbour: Neighbour) -> dict:
-    latent = empty(*neighbour.size)
+    latent = studio.empty(*neighbour.size)
     return neighbour.latent(studio, latent) if neighbour.latent else latent
 
 
@@ -222,7 +234,7 @@ def plain(studio: Studio, neighbour: Neighbour, text: str) -> Tensor:
 def without(studio: Studio, neighbour: Neighbour, text: str) -> Tensor:
     """A plain run without the neighbour, but of the same size."""
     latent = latent_of(studio, neighbour)["samples"]
-    if latent.shape == (1, 4, 8, 8) and not latent.any() and not neighbour.settings.advanced:
+    if torch.equal(latent, studio.empty()["samples"]) and not neighbour.settings.advanced:
         return studio.plain(text, neighbour.settings)
     return ksampler(
         studio.model, studio.encode(text), studio.negative, {"samples": latent}, neighbour.settings

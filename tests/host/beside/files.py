@@ -33,17 +33,20 @@ def _noise(shape: Any, scale: float, seed: int) -> Tensor:
 
 @functools.cache
 def lora(studio: Studio) -> str:
-    """A LoRA on attention of the U-Net and of the text encoder; its name for LoraLoader."""
+    """A LoRA on attention of the network and of a text encoder if there is one; its name for LoraLoader."""
     weights = {}
-    parts = [("", studio.model.model), ("text_encoders.", studio.clip.cond_stage_model)]
+    parts = [("", studio.model.model)]
+    if studio.clip is not None:
+        parts.append(("text_encoders.", studio.clip.cond_stage_model))
     for prefix, module in parts:
         for seed, (name, value) in enumerate(module.state_dict().items()):
-            if name.endswith(("to_q.weight", "to_v.weight", "v_proj.weight")):
+            if name.endswith(("to_q.weight", "to_v.weight", "v_proj.weight", "qkv.weight")):
                 key = prefix + name.removesuffix(".weight")
                 weights[f"{key}.lora_up.weight"] = _noise((value.shape[0], 2), 0.3, seed)
                 weights[f"{key}.lora_down.weight"] = _noise((2, value.shape[1]), 0.3, seed + 1)
-    safetensors.torch.save_file(weights, _path("loras", "style.safetensors"))
-    return "style.safetensors"
+    file = f"style-{id(studio)}.safetensors"
+    safetensors.torch.save_file(weights, _path("loras", file))
+    return file
 
 
 @functools.cache

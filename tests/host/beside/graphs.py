@@ -493,14 +493,14 @@ add(
     "KSamplerAdvanced in two parts, with leftover noise",
     sample=in_two_parts,
     acts=False,
-    note="tau counts the steps of each part by itself.",
+    note="With `measure` percent on *tau Scheduler*, the second part goes on with the edit.",
 )
 add(
     kind,
     "SplitSigmas and two SamplerCustom",
     sample=split_sigmas,
     acts=False,
-    note="tau counts the steps of each part by itself.",
+    note="With `measure` percent on *tau Scheduler*, the second part goes on with the edit.",
 )
 add(
     kind,

@@ -1,4 +1,4 @@
-"""A node pack for tests: a model of a kind that has no cross-attention layers to hook."""
+"""A node pack for tests: a model of a kind that is not supported."""
 
 import comfy.model_base
 import comfy.model_patcher
@@ -6,22 +6,15 @@ import comfy.supported_models
 import torch
 
 CONFIG = {
-    "in_channels": 16,
-    "patch_size": 2,
-    "depth": 1,
-    "input_size": None,
-    "adm_in_channels": 8,
-    "pos_embed_max_size": 4,
-    "num_patches": 16,
-    "qk_norm": "rms",
-    "context_embedder_config": {
-        "target": "torch.nn.Linear",
-        "params": {"in_features": 4, "out_features": 64},
-    },
+    "stable_cascade_stage": "c",
+    "c_cond": 64,
+    "c_hidden": [64, 64],
+    "nhead": [2, 2],
+    "blocks": [[1, 1], [1, 1]],
 }
 
 
-class JointAttentionModel:
+class CascadeModel:
     RETURN_TYPES = ("MODEL",)
     FUNCTION = "make"
     CATEGORY = "tests"
@@ -31,10 +24,11 @@ class JointAttentionModel:
         return {"required": {}}
 
     def make(self) -> tuple:
-        config = comfy.supported_models.SD3(CONFIG)
+        config = comfy.supported_models.Stable_Cascade_C(CONFIG)
         config.set_inference_dtype(torch.float32, None)
         cpu = torch.device("cpu")
-        return (comfy.model_patcher.ModelPatcher(comfy.model_base.SD3(config, device=cpu), cpu, cpu),)
+        model = comfy.model_base.StableCascade_C(config, device=cpu)
+        return (comfy.model_patcher.ModelPatcher(model, cpu, cpu),)
 
 
-NODE_CLASS_MAPPINGS = {"TestJointAttentionModel": JointAttentionModel}
+NODE_CLASS_MAPPINGS = {"TestCascadeModel": CascadeModel}
