@@ -135,7 +135,9 @@ def _known_by(clip: Any) -> tuple | None:
     if type(clip) is not CLIP:
         return None
     patcher = clip.patcher
-    if patcher.forced_hooks or clip.use_clip_schedule or patcher.object_patches:
+    dtypes = patcher.object_patches  # later hosts patch in the dtype to compute in
+    known = all(isinstance(value, torch.dtype) for value in dtypes.values())
+    if patcher.forced_hooks or clip.use_clip_schedule or not known:
         return None
     return (
         patcher.patches_uuid,
@@ -143,6 +145,7 @@ def _known_by(clip: Any) -> tuple | None:
         weakref.ref(clip.tokenizer),
         clip.layer_idx,
         tuple(sorted(clip.tokenizer_options.items())),
+        tuple(sorted((name, str(dtype)) for name, dtype in dtypes.items())),
     )
 
 

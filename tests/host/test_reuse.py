@@ -423,7 +423,7 @@ def test_other_nodes_see_the_runs_list_of_sigmas(studio, forwards):
 
 def test_several_gpus_keep_nothing_and_say_so(studio, forwards, caplog):
     model = studio.model.clone()
-    model.model_options["multigpu_clones"] = {"cuda:1": None}
+    model.model_options["multigpu_clones"] = {torch.device("cpu", 0): studio.model.clone()}
     edit = studio.edit(SOURCE, FIRST)
     with caplog.at_level("INFO"):
         found = sample(studio, edit, model=model)
