@@ -61,21 +61,24 @@ Numbers = tuple[list[int], list[int], list[int]]
 def paired_rows(
     batch: int,
     targets: Sequence[int],
-    offsets: list[int],
+    offsets: Sequence[int],
     size: int,
     device: torch.device,
     taking: Collection[int] | None = None,
     known: bool = False,
 ) -> Rows:
     """The rows of `paired_numbers` on a device."""
-    numbers = paired_numbers(batch, targets, offsets, size, taking, known)
+    return as_rows(paired_numbers(batch, targets, offsets, size, taking, known), device)
+
+
+def as_rows(numbers: Numbers, device: torch.device) -> Rows:
     return Rows(*(torch.tensor(rows, dtype=torch.long, device=device) for rows in numbers))
 
 
 def paired_numbers(
     batch: int,
     targets: Sequence[int],
-    offsets: list[int],
+    offsets: Sequence[int],
     size: int,
     taking: Collection[int] | None = None,
     known: bool = False,

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ..attention.inject import Numbers, Rows, paired_numbers, paired_rows
+from ..attention.inject import Numbers, Rows, as_rows, paired_numbers
 from ..attention.maps import MapRows, Tokens, map_rows
 from ..attention.schedule import in_steps, place_of
 from ..attention.taken import Taken
@@ -175,16 +175,19 @@ class Call:
 
     def rows_in(self, chunks: tuple[int, ...], taking: Group | None) -> Rows:
         """The targets' rows in some chunks."""
-        known = not self.part.sources.in_batch
-        tiling = self.part.targets, [n * self.chunk for n in chunks], self.chunk
-        key = ("rows", self.batch, self.chunk, chunks, self.part.targets, known, taking, self.device)
-        return self.run.once(key, lambda: paired_rows(self.batch, *tiling, self.device, taking, known))
+        numbers = self.numbers_in(chunks, taking)
+        key = ("rows", *self._pairing(chunks, taking), self.device)
+        return self.run.once(key, lambda: as_rows(numbers, self.device))
 
     def numbers_in(self, chunks: tuple[int, ...], taking: Group | None) -> Numbers:
         """The same rows as numbers."""
-        known = not self.part.sources.in_batch
-        tiling = self.part.targets, [n * self.chunk for n in chunks], self.chunk
-        return paired_numbers(self.batch, *tiling, taking, known)
+        pairing = self._pairing(chunks, taking)
+        return self.run.once(("numbers", *pairing), lambda: paired_numbers(*pairing))
+
+    def _pairing(self, chunks: tuple[int, ...], taking: Group | None) -> tuple:
+        """The arguments of `paired_numbers`."""
+        offsets = tuple(n * self.chunk for n in chunks)
+        return self.batch, self.part.targets, offsets, self.chunk, taking, not self.part.sources.in_batch
 
     def source_rows(self) -> Tensor:
         """The sources' rows in the pair's own chunks."""
@@ -335,12 +338,12 @@ class Run:
 
     def progress(self, measure: str) -> Sequence[float]:
         """The progress at each of the run's sigmas, from 0 to 1."""
+        return self.once(("progress", measure), lambda: self._progress(measure))
+
+    def _progress(self, measure: str) -> Sequence[float]:
         if measure == "steps" or self.sigma_of is None:
             return in_steps(self.steps)(measure)
-        sigma_of = self.sigma_of
-        return self.once(
-            ("progress", measure), lambda: [percent_of(sigma, sigma_of) for sigma in self.sigmas]
-        )
+        return [percent_of(sigma, self.sigma_of) for sigma in self.sigmas]
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What is worked out once per run. key: of all that it depends on."""

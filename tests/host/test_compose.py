@@ -4,8 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from p2p.tests.host.beside import NEIGHBOURS, Beside, Neighbour, by_paired_sampler, graphs, models, without
-from p2p.tests.host.runs import EMPTY, HOST_WARNINGS, SOURCE, assert_close, difference
+from p2p.tests.host.beside import (
+    NEIGHBOURS,
+    Beside,
+    Neighbour,
+    by_paired_sampler,
+    equal_prompts_give_equal_images,
+    graphs,
+    models,
+    tau_empty_gives_plain_runs,
+    the_source_never_changes,
+    without,
+)
+from p2p.tests.host.runs import EMPTY, HOST_WARNINGS, SOURCE, difference
 
 assert graphs and models  # they list the neighbours
 pytestmark = HOST_WARNINGS
@@ -31,22 +42,17 @@ def beside_each(law: str) -> pytest.MarkDecorator:
 
 @beside_each("same prompt")
 def test_law_1_equal_prompts_give_equal_images(beside, neighbour: Neighbour):
-    source, target = beside.paired(neighbour, (SOURCE,), neighbour.tau)
-    assert_close(target, source, neighbour.tolerance)
+    equal_prompts_give_equal_images(beside, neighbour)
 
 
 @beside_each("tau empty")
 def test_law_2_tau_empty_gives_plain_runs(beside, neighbour: Neighbour):
-    source, target = beside.paired(neighbour, (neighbour.target,), EMPTY)
-    assert_close(source, beside.plain(neighbour, SOURCE), neighbour.tolerance)
-    assert_close(target, beside.plain(neighbour, neighbour.target), neighbour.tolerance)
+    tau_empty_gives_plain_runs(beside, neighbour)
 
 
 @beside_each("source")
 def test_law_3_the_source_never_changes(beside, neighbour: Neighbour):
-    source, _ = beside.paired(neighbour, (neighbour.target,), EMPTY)
-    again, _ = beside.paired(neighbour, (neighbour.target,), neighbour.tau)
-    assert torch.equal(again, source)
+    the_source_never_changes(beside, neighbour)
 
 
 @pytest.mark.parametrize("neighbour", NEIGHBOURS.values(), ids=NEIGHBOURS.keys())

@@ -5,13 +5,12 @@ from __future__ import annotations
 import comfy.ldm.modules.attention as host_attention
 import pytest
 import torch
-from comfy import context_windows
 from p2p.attention.schedule import TauSchedule, Window
 from p2p.nodes import AttentionController
 from p2p.sampling.attentions import grid_fraction
 from p2p.tests.host.beside import Neighbour as Node
 from p2p.tests.host.beside import paired, refused, stock, works
-from p2p.tests.host.beside.models import ImagePrompt, with_patches
+from p2p.tests.host.beside.models import ImagePrompt, with_context_windows, with_patches
 from p2p.tests.host.runs import (
     EMPTY,
     FULL,
@@ -128,18 +127,8 @@ def test_a_model_call_with_other_rows_than_the_batchs_is_refused(studio, order):
 )
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_context_windows_are_refused_before_sampling(studio, order):
-    def windows(model):
-        """As ContextWindowsManual does; its inputs are others in every version of ComfyUI."""
-        model.model_options["context_handler"] = context_windows.IndexListContextHandler(
-            context_schedule=context_windows.get_matching_context_schedule("standard_static"),
-            fuse_method=context_windows.get_matching_fuse_method("pyramid"),
-            context_length=4,
-            context_overlap=1,
-            dim=3,
-        )
-
     with pytest.raises(ValueError, match="Context Windows"):
-        paired(studio, beside(windows), studio.edit(), PART, order)
+        paired(studio, beside(with_context_windows(3)), studio.edit(), PART, order)
 
 
 # The grid of a layer is the one that it has, not the one that the latent's size suggests

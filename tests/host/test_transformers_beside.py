@@ -8,7 +8,6 @@ from dataclasses import replace
 import comfy.ldm.modules.attention as host_attention
 import pytest
 import torch
-from comfy import context_windows
 from p2p.attention.schedule import TauSchedule, Window
 from p2p.nodes import AttentionController
 from p2p.tests.host.beside import (
@@ -17,13 +16,16 @@ from p2p.tests.host.beside import (
     Beside,
     Neighbour,
     by_paired_sampler,
+    equal_prompts_give_equal_images,
     paired,
     refused,
     stock,
+    tau_empty_gives_plain_runs,
+    the_source_never_changes,
     without,
     works,
 )
-from p2p.tests.host.beside.models import with_patches
+from p2p.tests.host.beside.models import with_context_windows, with_patches
 from p2p.tests.host.beside.transformers import AS_LONG, SIMPLE, Tiny, control_net, controlled, styled
 from p2p.tests.host.runs import (
     EMPTY,
@@ -73,22 +75,17 @@ def beside_each(law: str | None = None) -> pytest.MarkDecorator:
 
 @beside_each("same prompt")
 def test_law_1_equal_prompts_give_equal_images(beside, neighbour: Neighbour):
-    source, target = beside.paired(neighbour, (SOURCE,), neighbour.tau)
-    assert_close(target, source, neighbour.tolerance)
+    equal_prompts_give_equal_images(beside, neighbour)
 
 
 @beside_each("tau empty")
 def test_law_2_tau_empty_gives_plain_runs(beside, neighbour: Neighbour):
-    source, target = beside.paired(neighbour, (neighbour.target,), EMPTY)
-    assert_close(source, beside.plain(neighbour, SOURCE), neighbour.tolerance)
-    assert_close(target, beside.plain(neighbour, neighbour.target), neighbour.tolerance)
+    tau_empty_gives_plain_runs(beside, neighbour)
 
 
 @beside_each("source")
 def test_law_3_the_source_never_changes(beside, neighbour: Neighbour):
-    source, _ = beside.paired(neighbour, (neighbour.target,), EMPTY)
-    again, _ = beside.paired(neighbour, (neighbour.target,), neighbour.tau)
-    assert torch.equal(again, source)
+    the_source_never_changes(beside, neighbour)
 
 
 @beside_each()
@@ -176,17 +173,9 @@ def test_every_kernel_of_the_host_gives_the_same_edit(beside, kernel):
 )
 @pytest.mark.parametrize("family", ["Wan 2.1"])
 def test_context_windows_are_refused_before_sampling(beside):
-    def windows(model):
-        model.model_options["context_handler"] = context_windows.IndexListContextHandler(
-            context_schedule=context_windows.get_matching_context_schedule("standard_static"),
-            fuse_method=context_windows.get_matching_fuse_method("pyramid"),
-            context_length=4,
-            context_overlap=1,
-            dim=2,
-        )
-
     with pytest.raises(ValueError, match="Context Windows"):
-        paired(beside.studio, beside_this(windows), beside.studio.edit(SOURCE, TARGET), PART, "before")
+        edit = beside.studio.edit(SOURCE, TARGET)
+        paired(beside.studio, beside_this(with_context_windows(2)), edit, PART, "before")
 
 
 @refused(

@@ -16,7 +16,17 @@ import torch
 from p2p.attention.edit import Edit
 from p2p.attention.schedule import TauSchedule
 from p2p.nodes import AttentionController
-from p2p.tests.host.runs import PART, SOURCE, TARGET, Settings, Studio, ksampler, paired_sampler
+from p2p.tests.host.runs import (
+    EMPTY,
+    PART,
+    SOURCE,
+    TARGET,
+    Settings,
+    Studio,
+    assert_close,
+    ksampler,
+    paired_sampler,
+)
 from torch import Tensor
 
 KINDS = ("Weights", "Guidance", "Attention and features", "Conditioning", "Control", "Latents", "Runs")
@@ -239,3 +249,20 @@ def without(studio: Studio, neighbour: Neighbour, text: str) -> Tensor:
     return ksampler(
         studio.model, studio.encode(text), studio.negative, {"samples": latent}, neighbour.settings
     )
+
+
+def equal_prompts_give_equal_images(beside: Beside, neighbour: Neighbour) -> None:
+    source, target = beside.paired(neighbour, (SOURCE,), neighbour.tau)
+    assert_close(target, source, neighbour.tolerance)
+
+
+def tau_empty_gives_plain_runs(beside: Beside, neighbour: Neighbour) -> None:
+    source, target = beside.paired(neighbour, (neighbour.target,), EMPTY)
+    assert_close(source, beside.plain(neighbour, SOURCE), neighbour.tolerance)
+    assert_close(target, beside.plain(neighbour, neighbour.target), neighbour.tolerance)
+
+
+def the_source_never_changes(beside: Beside, neighbour: Neighbour) -> None:
+    source, _ = beside.paired(neighbour, (neighbour.target,), EMPTY)
+    again, _ = beside.paired(neighbour, (neighbour.target,), neighbour.tau)
+    assert torch.equal(again, source)

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import comfy.ldm.modules.attention as host_attention
 import torch
+from comfy import context_windows
 from p2p.tests.host.beside import AVERAGES, add, files, model_node, stock, stock_outputs
 from p2p.tests.host.runs import PART, Settings, Studio
 from torch import Tensor
+
+
+def caching(name: str) -> Callable[[Studio, Any], Any]:
+    """EasyCache or LazyCache, so that it skips steps of these short runs."""
+    return model_node(
+        "comfy_extras.nodes_easycache",
+        f"{name}Node",
+        reuse_threshold=3.0,
+        start_percent=0.0,
+        end_percent=1.0,
+        verbose=False,
+    )
+
 
 # Weights
 
@@ -184,14 +199,7 @@ for name in ("EasyCache", "LazyCache"):
     add(
         "Guidance",
         name,
-        model=model_node(
-            "comfy_extras.nodes_easycache",
-            f"{name}Node",
-            reuse_threshold=3.0,
-            start_percent=0.0,
-            end_percent=1.0,
-            verbose=False,
-        ),
+        model=caching(name),
         settings=Settings(steps=5),
         fails={
             "tau empty": "It decides for the whole batch which steps to skip, with this pack or without: a "
@@ -387,3 +395,18 @@ add(
     model=with_patches(tiles),
     size=(1, 8, 16),
 )
+
+
+def with_context_windows(dim: int) -> Callable[[Any], None]:
+    """As ContextWindowsManual does; its inputs are others in every version of ComfyUI. dim: of the frames."""
+
+    def windows(model: Any) -> None:
+        model.model_options["context_handler"] = context_windows.IndexListContextHandler(
+            context_schedule=context_windows.get_matching_context_schedule("standard_static"),
+            fuse_method=context_windows.get_matching_fuse_method("pyramid"),
+            context_length=4,
+            context_overlap=1,
+            dim=dim,
+        )
+
+    return windows

@@ -31,7 +31,7 @@ from p2p.tests.host.beside.graphs import (
     split_sigmas,
     upscaled,
 )
-from p2p.tests.host.beside.models import with_patches
+from p2p.tests.host.beside.models import caching, with_patches
 from p2p.tests.host.runs import SOURCE, STOCK, Settings, Studio, ksampler
 from p2p.tests.host.transformers import KNOWN, build, conditioning, randomize
 from torch import Tensor
@@ -142,14 +142,7 @@ for name in ("EasyCache", "LazyCache"):
         name,
         "Flux",
         "Qwen-Image",
-        model=model_node(
-            "comfy_extras.nodes_easycache",
-            f"{name}Node",
-            reuse_threshold=3.0,
-            start_percent=0.0,
-            end_percent=1.0,
-            verbose=False,
-        ),
+        model=caching(name),
         settings=Settings(steps=5, scheduler="simple"),
         fails={
             "tau empty": "It decides for the whole batch which steps to skip, with this pack or without: a "
